@@ -1,0 +1,147 @@
+"""What every attack is: a paper, its needs, and one function from views to candidates."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from fedsim.threat import Capability, Knowledge
+from fedsim.view import ServerView
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from; ``published`` and ``measured`` are what `fedsim explain` prints.
+
+    ``published`` gives the paper's own figures with their setting, ``measured`` ours with the
+    command that repeats them and every difference in set-up.
+    """
+
+    title: str
+    authors: str
+    venue: str
+    year: int
+    published: str = ""
+    measured: str = ""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an attack cost: wall seconds, gradient evaluations, and what the server added."""
+
+    seconds: float = 0.0
+    gradient_evaluations: int = 0
+    parameters_added: int = 0
+    bytes_added: int = 0
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Candidates for private examples.
+
+    Attributes
+    ----------
+    examples : Tensor
+        ``[M, C, H, W]`` in the data set's value range (images: ``[0, 1]``), on the CPU.
+    views : Tensor
+        ``[M]`` int64: index of the view that each candidate was read from.
+    labels : Tensor or None
+        ``[M]`` int64.
+    scores : Tensor or None
+        ``[M]``, the attack's own confidence (higher is surer), never the truth.
+    cost : Cost
+    receipts : tuple of str
+        What the attack really did, in sentences for the report.
+    """
+
+    examples: Tensor
+    views: Tensor
+    labels: Tensor | None = None
+    scores: Tensor | None = None
+    cost: Cost = field(default_factory=Cost)
+    receipts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ToyCase:
+    """A small real scenario that every method must pass, on both sides of a band.
+
+    ``scenario`` maps dotted scenario keys to values; what is not named has its default.  The
+    figure (a path into ``report.json``, e.g. ``leak.psnr.mean``) must lie in ``[low, high]``:
+    too bad and the method is broken, too good and the truth leaked.
+    """
+
+    scenario: dict[str, str | int | float | bool]
+    figure: str
+    low: float
+    high: float
+
+
+class Attack(ABC):
+    """Passive: works on what honest clients send."""
+
+    name: ClassVar[str]
+    paper: ClassVar[Paper]
+    needs: ClassVar[frozenset[Capability]]
+    toy: ClassVar[ToyCase]
+
+    @property
+    def oracles(self) -> frozenset[str]:
+        """Names of the oracle grants that these parameters ask for."""
+        return frozenset()
+
+    def check(self, model: nn.Module, kind: str) -> None:
+        """Refuse a scenario on which this attack cannot work, before any client trains.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The federation's model (``model.spec`` is its ``DataSpec``).
+        kind : {"gradient", "weights"}
+            What clients upload.
+
+        Raises
+        ------
+        ValueError
+            Saying what does not fit and what would.
+        """
+
+    @abstractmethod
+    def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
+        """Turn views into candidate private examples."""
+
+
+@dataclass(frozen=True)
+class ModelToSend:
+    """A manipulated model: an expression any client can build, its arrays, and where ours lies.
+
+    ``prefix`` is put before the names of the federation's own arrays inside the model sent
+    (``"body."``), so that the federation's own learning goes on with what comes back.
+    """
+
+    expression: str
+    arrays: dict[str, Tensor]
+    prefix: str = ""
+
+
+class Manipulation(Attack):
+    """Active: also decides what each client receives."""
+
+    @abstractmethod
+    def craft(
+        self, expression: str, arrays: dict[str, Tensor], knowledge: Knowledge
+    ) -> ModelToSend:
+        """Turn the model that the strategy would send into the model that clients receive.
+
+        ``expression`` and ``arrays`` are the honest model; called once a round.
+        """
+
+    def tailor(self, sent: ModelToSend, client: int, server_round: int) -> ModelToSend:
+        """Return what this client gets; by default all get the same."""
+        return sent
+
+    def select(self, clients: Sequence[int], server_round: int) -> Sequence[int]:
+        """Return the clients to train this round; needs ``Capability.SELECTION``."""
+        return clients

@@ -1,0 +1,144 @@
+"""What every client-side defense is: hooks around local training that default to no change.
+
+The hooks follow the order in which a client works; a chain ``a | b`` applies a's hook, then b's.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.attack import Paper, ToyCase
+
+Tensors = dict[str, Tensor]
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a local rule will do with ``examples`` examples in a run of ``rounds`` rounds.
+
+    ``steps`` is the number of optimizer steps a round, ``sample_rate`` the share of the client's
+    examples in one step.
+    """
+
+    kind: Literal["gradient", "weights"]
+    lr: float
+    batch_size: int
+    examples: int
+    steps: int
+    rounds: int
+
+    @property
+    def sample_rate(self) -> float:
+        """Share of the client's examples in one step."""
+        return min(1.0, self.batch_size / max(self.examples, 1))
+
+
+@dataclass
+class ClientContext:
+    """What a defense may know: its own client's side, never the server's.
+
+    Attributes
+    ----------
+    client, round : int
+    plan : TrainingPlan
+    public : callable
+        ``public(*names) -> torch.Generator`` of the repeatable public stream.
+    secret : callable
+        ``secret(*names) -> torch.Generator`` of the secret stream: noise, masks, keys.
+    store : dict of str to Tensor
+        This client's persistent state: survives between rounds and a restart of its SuperNode.
+    receipts : dict of str to float
+        Figures a defense leaves for the auditor; they stay on the client's side.
+    step : int
+        Local optimizer step, from 0.
+    """
+
+    client: int
+    round: int
+    plan: TrainingPlan
+    public: Callable[..., torch.Generator]
+    secret: Callable[..., torch.Generator]
+    store: Tensors = field(default_factory=dict)
+    receipts: dict[str, float] = field(default_factory=dict)
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a client thinks of a model it received."""
+
+    accept: bool
+    checks: Mapping[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """A formal guarantee: epsilon at delta, and what it is about."""
+
+    epsilon: float
+    delta: float
+    unit: str
+    relation: str
+    mechanism: str
+
+
+class Defense:
+    """Every hook defaults to "change nothing"."""
+
+    name: ClassVar[str]
+    paper: ClassVar[Paper]
+    toy: ClassVar[ToyCase]
+    #: Whether this defense must change uploads; a detector or a data defense need not.
+    changes_upload: ClassVar[bool] = True
+    #: Rank in the fixed order data -> model -> gradient -> clip -> noise -> sparsify -> quantize.
+    rank: ClassVar[int] = 0
+
+    def check(self, model: nn.Module, kind: str) -> None:
+        """Refuse a model or an upload kind that this defense cannot act on (``ValueError``)."""
+
+    def inspect(self, model: nn.Module, received: Tensors, ctx: ClientContext) -> Verdict:
+        """Accept or refuse the model that was received."""
+        return Verdict(accept=True)
+
+    def sampler(
+        self, batches: Iterable[Tensor], examples: int, ctx: ClientContext
+    ) -> Iterable[Tensor]:
+        """Return the index tensors of this round's batches."""
+        return batches
+
+    def transform_batch(self, batch: Batch, ctx: ClientContext) -> Batch:
+        """Change images ``[B, C, H, W]`` and labels (``[B]`` int64 or ``[B, K]`` soft)."""
+        return batch
+
+    def wrap_model(self, model: nn.Module, ctx: ClientContext) -> nn.Module:
+        """Return the module to train; private parameters stay out of ``received``'s names."""
+        return model
+
+    def loss(self, model: nn.Module, batch: Batch, ctx: ClientContext) -> Tensor | None:
+        """Return the training loss, or None for mean cross-entropy."""
+        return None
+
+    def gradients(self, model: nn.Module, batch: Batch, ctx: ClientContext) -> Tensors | None:
+        """Return the batch gradient by a way of one's own (per example, say), or None."""
+        return None
+
+    def transform_gradient(self, gradient: Tensors, ctx: ClientContext) -> Tensors:
+        """Change one step's gradient, before the client itself trains on it."""
+        return gradient
+
+    def learning_rate(self, lr: float, ctx: ClientContext) -> float:
+        """Return this step's learning rate."""
+        return lr
+
+    def transform_update(self, update: Tensors, ctx: ClientContext) -> Tensors:
+        """Change what is uploaded only: the gradient (FedSGD), or ``after - before`` (FedAvg)."""
+        return update
+
+    def privacy(self, plan: TrainingPlan) -> Privacy | None:
+        """Return the formal guarantee for a whole run, where there is one."""
+        return None

@@ -1,0 +1,78 @@
+"""Models by expression, and which of their tensors travel.
+
+What travels is every parameter and every floating-point buffer (BatchNorm's running statistics);
+integer buffers (its counter) stay at home.  Models take images in ``[0, 1]`` and normalize inside
+where they want it, so that any layer put before them reads pixels.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsim import registry, seeds
+from fedsim.data.dataset import DataSpec
+
+Model = nn.Module
+
+
+class Normalize(nn.Module):
+    """Standardize images by public per-channel constants, which do not travel."""
+
+    def __init__(self, spec: DataSpec) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(spec.mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map ``[B, C, H, W]`` in ``[0, 1]`` to zero mean and unit variance."""
+        standardized: Tensor = (images - self.mean) / self.std
+        return standardized
+
+
+def build_model(expression: str, spec: DataSpec) -> nn.Module:
+    """Build a model; its public facts are kept as ``model.spec``.
+
+    Raises
+    ------
+    ScenarioError
+        If no model has this name, or a parameter is wrong.
+    """
+    model: nn.Module = registry.build("model", expression, "model.name", spec)
+    model.spec = spec  # type: ignore[assignment]
+    return model
+
+
+def initial_model(expression: str, spec: DataSpec, seed: int) -> nn.Module:
+    """Build a model whose initial weights are repeatable from the public seed."""
+    with seeds.seeded_globals(seeds.derive(seed, "model")):
+        return build_model(expression, spec)
+
+
+def travelling(model: nn.Module) -> dict[str, Tensor]:
+    """Return what travels, by name: parameters and floating-point buffers."""
+    return {
+        name: tensor.detach()
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point()
+    }
+
+
+def load_arrays(model: nn.Module, arrays: Mapping[str, Any]) -> None:
+    """Copy tensors or numpy arrays into a model in place.
+
+    Raises
+    ------
+    ValueError
+        If names or shapes are not exactly those of :func:`travelling`.
+    """
+    own = travelling(model)
+    if missing := sorted(own.keys() ^ arrays.keys()):
+        raise ValueError(f"arrays do not fit the model: {missing[:5]} missing or unknown")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            value = torch.as_tensor(arrays[name])
+            if value.shape != tensor.shape:
+                raise ValueError(f"{name} has shape {list(value.shape)}, not {list(tensor.shape)}")
+            tensor.copy_(value)

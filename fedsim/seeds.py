@@ -1,0 +1,88 @@
+"""Two random streams that never meet.
+
+*Public*: everything a simulation repeats from the scenario's one seed (cohort, partition, batches,
+initial model, the attack's own start).  *Secret*: noise and masks of the defenses.  Every use of
+either is a generator of its own, derived by hashing the names of what it is for, so that no order
+of calls, no engine and no number of workers changes it.
+
+The secret stream is keyed by 32 bytes that live outside the scenario: ``FEDSIM_SECRET_KEY`` (hex)
+or ``$FEDSIM_HOME/secret.key``, made on first use.  A run repeats on the machine that holds the
+key; whoever knows every public seed can still not subtract the noise.  A SuperNode of a deployed
+cluster sets ``secret='entropy'`` in its node config and draws from the operating system instead.
+"""
+
+import hashlib
+import hmac
+import os
+import random
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+
+def home() -> Path:
+    """Return ``$FEDSIM_HOME`` (default ``~/fedsim``)."""
+    return Path(os.environ.get("FEDSIM_HOME", "~/fedsim")).expanduser().absolute()
+
+
+def derive(seed: int, *names: object) -> int:
+    """Return a 63-bit seed for one named use of a public seed."""
+    text = "/".join([str(seed), *map(str, names)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def generator(seed: int, *names: object) -> torch.Generator:
+    """Return a CPU generator for one named use of a public seed."""
+    return torch.Generator().manual_seed(derive(seed, *names))
+
+
+def secret_key() -> bytes:
+    """Return this machine's 32 secret bytes, made (mode 0600) on first use."""
+    if text := os.environ.get("FEDSIM_SECRET_KEY"):
+        return bytes.fromhex(text)
+    path = home() / "secret.key"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"secret.key.{os.getpid()}")
+        partial.touch(mode=0o600)
+        partial.write_bytes(secrets.token_bytes(32))
+        try:
+            os.link(partial, path)  # fails where another process was first: then its key stands
+        except FileExistsError:
+            pass
+        finally:
+            partial.unlink()
+    return path.read_bytes()
+
+
+def secret_generator(seed: int, *names: object, entropy: bool = False) -> torch.Generator:
+    """Return a CPU generator of the secret stream; ``entropy`` ignores the seed."""
+    if entropy:
+        return torch.Generator().manual_seed(secrets.randbits(63))
+    text = "/".join([str(seed), *map(str, names)])
+    digest = hmac.new(secret_key(), text.encode(), hashlib.sha256).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+@contextmanager
+def seeded_globals(seed: int) -> Iterator[None]:
+    """Seed ``random``, ``numpy.random`` and torch's CPU generator, and put them back afterwards.
+
+    Only for library code that takes no generator: Flower samples nodes with ``random`` and rounds
+    SecAgg+ with ``numpy.random``; ``torch.nn`` initializes from the global generator.
+    """
+    import numpy as np
+
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002

@@ -1,0 +1,233 @@
+"""The eight threat models of the SoK, and what each lets an attack know.
+
+Carletti et al., "SoK: Gradient Inversion Attacks in Federated Learning", USENIX Security 2025.
+A model is a set of capabilities.  :class:`Knowledge` is an attack's only source beside the views:
+what is not granted raises :class:`~fedsim.errors.NotGranted`, what is used is recorded for the
+report.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor, nn
+
+from fedsim import seeds
+from fedsim.data import DataSpec, Split
+from fedsim.errors import NotGranted
+from fedsim.models import build_model, load_arrays
+from fedsim.view import ServerView
+
+
+class Capability(StrEnum):
+    """One thing an adversary may hold or do."""
+
+    UPDATES = "updates"
+    BASICS = "basics"
+    DETAILS = "details"
+    SURROGATE = "surrogate"
+    STATISTICS = "statistics"
+    MANIPULATION = "manipulation"
+    SELECTION = "selection"
+
+
+_U, _B, _D, _S, _ST, _M, _SE = Capability
+THREAT_MODELS: dict[str, frozenset[Capability]] = {
+    "A": frozenset({_U}),
+    "B": frozenset({_U, _B}),
+    "C": frozenset({_U, _B, _D}),
+    "D": frozenset({_U, _B, _D, _S}),
+    "E": frozenset({_U, _B, _D, _S, _ST}),
+    "F": frozenset({_U, _B, _D, _M}),
+    "G": frozenset({_U, _B, _D, _S, _M}),
+    "H": frozenset({_U, _B, _D, _S, _M, _SE}),
+}
+NAMES = {
+    "A": "eavesdropper",
+    "B": "informed eavesdropper",
+    "C": "parameter-aware eavesdropper",
+    "D": "data-enhanced eavesdropper",
+    "E": "statistics-informed eavesdropper",
+    "F": "active manipulator",
+    "G": "data-enhanced manipulator",
+    "H": "active client manipulator",
+}
+# What a paper assumes beyond its threat model; granted only by name, shown as a badge.
+ORACLES = ("labels",)
+
+
+def least_model(needs: frozenset[Capability]) -> str | None:
+    """Return the letter of the smallest threat model that has all of ``needs``."""
+    fitting = [letter for letter, has in THREAT_MODELS.items() if needs <= has]
+    return min(fitting, key=lambda letter: len(THREAT_MODELS[letter]), default=None)
+
+
+@dataclass(frozen=True)
+class Basics:
+    """What an informed eavesdropper knows of the task."""
+
+    data: DataSpec
+
+
+@dataclass(frozen=True)
+class TrainingDetails:
+    """How honest clients train.
+
+    ``kind`` is ``"gradient"`` (one step, FedSGD) or ``"weights"`` (FedAvg); ``lr`` the local rate.
+    """
+
+    kind: str
+    lr: float
+    batch_size: int
+    epochs: int
+    momentum: float
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a statistics-informed adversary holds of one client: its class distribution ``[K]``."""
+
+    class_distribution: Tensor
+
+
+class Knowledge:
+    """An attack's only source beside the views; every grant that was used is recorded.
+
+    Attributes
+    ----------
+    device : torch.device
+        Where the attack computes.
+    used : set of Capability
+        What was asked for and granted, for the report.
+    oracles_used : set of str
+        Which oracle grants were used, for the report's badges.
+    progress : callable
+        ``progress(done, total, text)``: tell whoever watches how far the attack is.
+    """
+
+    def __init__(
+        self,
+        threat_model: str,
+        *,
+        data: DataSpec,
+        training: TrainingDetails,
+        seed: int,
+        device: torch.device,
+        batchnorm: str = "frozen",
+        surrogate: Callable[[], Split] | None = None,
+        statistics: Callable[[int], Statistics] | None = None,
+        oracles: Mapping[str, Callable[[ServerView], Tensor]] | None = None,
+        num_examples: Mapping[str, int | None] | None = None,
+        progress: Callable[[int, int, str], None] | None = None,
+    ) -> None:
+        self.threat_model = threat_model
+        self.device = device
+        self.batchnorm = batchnorm
+        self.used: set[Capability] = set()
+        self.oracles_used: set[str] = set()
+        self.progress = progress or (lambda done, total, text: None)
+        self._data, self._training, self._seed = data, training, seed
+        self._surrogate, self._statistics = surrogate, statistics
+        self._oracles = dict(oracles or {})
+        self._num_examples = dict(num_examples or {})
+
+    @property
+    def granted(self) -> frozenset[Capability]:
+        """What the scenario's threat model grants."""
+        return THREAT_MODELS[self.threat_model]
+
+    def require(self, capability: Capability) -> None:
+        """Record the use of a capability.
+
+        Raises
+        ------
+        NotGranted
+            If the threat model does not have it; the message names the least model that does.
+        """
+        if capability not in self.granted:
+            least = least_model(frozenset({capability}))
+            raise NotGranted(
+                f"threat model {self.threat_model} ({NAMES[self.threat_model]}) does not grant "
+                f"{capability.value!r}; the least model that does is {least}"
+            )
+        self.used.add(capability)
+
+    # -- updates: the server's own model is the server's ---------------------------------------
+    def model(self, view: ServerView) -> nn.Module:
+        """Build the model that this view's senders received, with the arrays they were sent.
+
+        It is in eval mode where clients freeze BatchNorm (the scenario's policy), else in train
+        mode; ``model.spec`` is its :class:`~fedsim.data.DataSpec`.
+        """
+        self.require(Capability.UPDATES)
+        dtype = next(t.dtype for t in view.sent.values() if t.is_floating_point())
+        model = build_model(view.model, self._data).to(dtype)
+        load_arrays(model, view.sent)
+        return model.train(self.batchnorm != "frozen").to(self.device)
+
+    # -- basics --------------------------------------------------------------------------------
+    @property
+    def basics(self) -> Basics:
+        """Input shape, classes, public mean and standard deviation."""
+        self.require(Capability.BASICS)
+        return Basics(self._data)
+
+    def num_examples(self, view: ServerView) -> int:
+        """Return how many examples this update was computed on.
+
+        Raises
+        ------
+        NotGranted
+            If basics are not granted, or the protocol does not reveal the number.
+        """
+        self.require(Capability.BASICS)
+        count = self._num_examples.get(view.label)
+        if count is None:
+            raise NotGranted(f"the protocol does not reveal how many examples {view.label} is of")
+        return count
+
+    # -- details -------------------------------------------------------------------------------
+    @property
+    def training(self) -> TrainingDetails:
+        """How honest clients train."""
+        self.require(Capability.DETAILS)
+        return self._training
+
+    # -- surrogate -----------------------------------------------------------------------------
+    @property
+    def surrogate(self) -> Split:
+        """Data like the clients' and disjoint from theirs."""
+        self.require(Capability.SURROGATE)
+        assert self._surrogate is not None
+        return self._surrogate()
+
+    # -- statistics ----------------------------------------------------------------------------
+    def statistics(self, client: int) -> Statistics:
+        """Return one client's class distribution."""
+        self.require(Capability.STATISTICS)
+        assert self._statistics is not None
+        return self._statistics(client)
+
+    # -- oracles -------------------------------------------------------------------------------
+    def oracle(self, name: str, view: ServerView) -> Tensor:
+        """Return what no threat model grants; only where the scenario names the oracle.
+
+        Raises
+        ------
+        NotGranted
+            If the scenario does not say ``oracles = "<name>"``.
+        """
+        if name not in self._oracles:
+            raise NotGranted(
+                f"oracle {name!r} is not granted; a scenario grants it with oracles = {name!r}, "
+                "and its report wears a badge"
+            )
+        self.oracles_used.add(name)
+        return self._oracles[name](view)
+
+    # -- the attack's own randomness -----------------------------------------------------------
+    def generator(self, *names: object) -> torch.Generator:
+        """Return a CPU generator of the attack's own; tells nothing about any other stream."""
+        return torch.Generator().manual_seed(seeds.derive(self._seed, *names))
