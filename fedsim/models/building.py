@@ -20,6 +20,9 @@ Model = nn.Module
 class Normalize(nn.Module):
     """Standardize images by public per-channel constants, which do not travel."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, spec: DataSpec) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(spec.mean).view(-1, 1, 1), persistent=False)
@@ -27,8 +30,7 @@ class Normalize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` in ``[0, 1]`` to zero mean and unit variance."""
-        standardized: Tensor = (images - self.mean) / self.std
-        return standardized
+        return (images - self.mean) / self.std
 
 
 def build_model(expression: str, spec: DataSpec) -> nn.Module:

@@ -1,0 +1,33 @@
+"""A multilayer perceptron that reads pixels."""
+
+from itertools import pairwise
+from math import prod
+from typing import Annotated
+
+from pydantic import Field
+from torch import nn
+
+from fedsim.data.dataset import DataSpec
+from fedsim.registry import register
+
+
+@register("model", "mlp")
+def mlp(
+    spec: DataSpec, *, hidden: list[Annotated[int, Field(gt=0)]] | tuple[int, ...] = (128,)
+) -> nn.Module:
+    """Build flatten -> (linear -> ReLU) for each hidden width -> linear.
+
+    Nothing is normalized: the first layer's gradient is a mixture of the pixels themselves.
+
+    Parameters
+    ----------
+    spec : DataSpec
+        Shape and number of classes.
+    hidden : list of int
+        Widths; ``[]`` is softmax regression.
+    """
+    layers: list[nn.Module] = [nn.Flatten()]
+    for before, after in pairwise([prod(spec.shape), *hidden]):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    widths = [prod(spec.shape), *hidden]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], spec.num_classes))
