@@ -5,7 +5,7 @@ The hooks follow the order in which a client works; a chain ``a | b`` applies a'
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,27 @@ class TrainingPlan:
 
 
 @dataclass
+class Effect:
+    """Sums over all calls of one defense in one round at one client."""
+
+    changed: bool = False
+    dot: float = 0.0
+    before: float = 0.0
+    after: float = 0.0
+    seconds: float = 0.0
+
+    def receipt(self) -> dict[str, Any]:
+        """Return ``changed``, the cosine to the unchanged update, the norm ratio and seconds."""
+        norms = (self.before * self.after) ** 0.5
+        return {
+            "changed": self.changed,
+            "cosine": self.dot / norms if norms else None,
+            "norm_ratio": (self.after / self.before) ** 0.5 if self.before else None,
+            "seconds": self.seconds,
+        }
+
+
+@dataclass
 class ClientContext:
     """What a defense may know: its own client's side, never the server's.
 
@@ -51,8 +72,8 @@ class ClientContext:
         ``secret(*names) -> torch.Generator`` of the secret stream: noise, masks, keys.
     store : dict of str to Tensor
         This client's persistent state: survives between rounds and a restart of its SuperNode.
-    receipts : dict of str to float
-        Figures a defense leaves for the auditor; they stay on the client's side.
+    effects : dict of str to Effect
+        What each defense did, by name, for the auditor; it stays on the client's side.
     step : int
         Local optimizer step, from 0.
     """
@@ -63,8 +84,12 @@ class ClientContext:
     public: Callable[..., torch.Generator]
     secret: Callable[..., torch.Generator]
     store: Tensors = field(default_factory=dict)
-    receipts: dict[str, float] = field(default_factory=dict)
+    effects: dict[str, Effect] = field(default_factory=dict)
     step: int = 0
+
+    def effect(self, defense: "Defense") -> Effect:
+        """Return the sums in which this defense's doings are counted."""
+        return self.effects.setdefault(defense.name, Effect())
 
 
 @dataclass(frozen=True)

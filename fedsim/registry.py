@@ -29,7 +29,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from fedsim.errors import ScenarioError
 
 PACKAGES = ("fedsim.data", "fedsim.models", "strategies", "clients")
-KINDS = ("attack", "channel", "dataset", "defense", "labels", "local", "model")
+KINDS = ("attack", "channel", "dataset", "defense", "labels", "local", "model", "role")
 
 Component = TypeVar("Component", bound=Callable[..., Any])
 _components: dict[str, dict[str, Callable[..., Any]]] = {kind: {} for kind in KINDS}

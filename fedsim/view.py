@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save
@@ -126,6 +126,15 @@ class SavedViews(Sequence[ServerView]):
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def facts(self) -> list[dict[str, Any]]:
+        """Return ``label``, ``round``, ``senders`` and ``num_examples`` of each, without tensors."""
+        found = []
+        for path in self.paths:
+            with safe_open(path, framework="pt") as stored:
+                facts = json.loads((stored.metadata() or {})["view"])
+            found.append({**facts, "label": path.stem})
+        return found
 
     @overload
     def __getitem__(self, index: int) -> ServerView: ...

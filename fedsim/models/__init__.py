@@ -1,5 +1,19 @@
 """Models by expression, and loading what travels."""
 
-from fedsim.models.building import Model, build_model, initial_model, load_arrays, travelling
+from fedsim.models.building import (
+    build_model,
+    initial_model,
+    is_buffer,
+    load_arrays,
+    travelling,
+    uploaded_names,
+)
 
-__all__ = ["Model", "build_model", "initial_model", "load_arrays", "travelling"]
+__all__ = [
+    "build_model",
+    "initial_model",
+    "is_buffer",
+    "load_arrays",
+    "travelling",
+    "uploaded_names",
+]

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from fedsim import registry, seeds
 from fedsim.data.dataset import DataSpec
 
-Model = nn.Module
-
 
 class Normalize(nn.Module):
     """Standardize images by public per-channel constants, which do not travel."""
@@ -61,6 +59,16 @@ def travelling(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def is_buffer(name: str) -> bool:
+    """Say whether a travelling array is a BatchNorm statistic rather than a parameter."""
+    return name.endswith((".running_mean", ".running_var"))
+
+
+def uploaded_names(model: nn.Module, batchnorm: str) -> list[str]:
+    """Return the names a client uploads, in order: parameters, and statistics where shared."""
+    return [name for name in travelling(model) if batchnorm == "shared" or not is_buffer(name)]
+
+
 def load_arrays(model: nn.Module, arrays: Mapping[str, Any]) -> None:
     """Copy tensors or numpy arrays into a model in place.
 
@@ -78,3 +86,6 @@ def load_arrays(model: nn.Module, arrays: Mapping[str, Any]) -> None:
             if value.shape != tensor.shape:
                 raise ValueError(f"{name} has shape {list(value.shape)}, not {list(tensor.shape)}")
             tensor.copy_(value)
+        for buffer in model.buffers():
+            if not buffer.is_floating_point():
+                buffer.zero_()  # BatchNorm's counter: nothing of the last client stays

@@ -1,0 +1,172 @@
+"""Local training with the defense hooks, nothing else.
+
+``fedsgd``: one batch, its gradient is uploaded (McMahan et al. 2017, FedSGD).
+``fedavg``: local epochs of SGD, the weights are uploaded (McMahan et al. 2017, FedAvg; with
+Flower's FedProx as server strategy the proximal term of Li et al. 2020 is added).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fedsim.defense import Batch, ClientContext, Defense, Tensors, TrainingPlan
+from fedsim.local import Local, LocalData, Trained
+from fedsim.receipts import measured_batch, measured_update
+from fedsim.registry import register
+
+BatchSize = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
+
+
+@register("local", "fedsgd")
+@dataclass(frozen=True, kw_only=True)
+class FedSGD(Local):
+    """One batch's mean gradient is uploaded; the server takes the step ``w - lr * gradient``."""
+
+    batch_size: BatchSize = 8
+    lr: Rate = 0.1
+
+    kind = "gradient"
+
+    def plan(self, examples: int, rounds: int) -> TrainingPlan:
+        """One step a round."""
+        return TrainingPlan(self.kind, self.lr, self.batch_size, examples, 1, rounds)
+
+    def train(
+        self,
+        model: nn.Module,
+        data: LocalData,
+        defenses: Sequence[Defense],
+        ctx: ClientContext,
+        proximal_mu: float = 0.0,
+    ) -> Trained:
+        """Compute the gradient of one batch, drawn without replacement."""
+        order = torch.randperm(len(data), generator=ctx.public("batches", ctx.round))
+        batches = sampled(iter([order[: self.batch_size]]), len(data), defenses, ctx)
+        indices = next(iter(batches), order[:0])
+        gradient = step_gradient(model, data.batch(indices), defenses, ctx)
+        update = upload_transformed(gradient, defenses, ctx)
+        return Trained(update, gradient, indices)
+
+
+@register("local", "fedavg")
+@dataclass(frozen=True, kw_only=True)
+class FedAvg(Local):
+    """``epochs`` of SGD over the client's own examples; the weights are uploaded."""
+
+    epochs: Annotated[int, Field(ge=1)] = 1
+    batch_size: BatchSize = 32
+    lr: Rate = 0.05
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+    kind = "weights"
+
+    def plan(self, examples: int, rounds: int) -> TrainingPlan:
+        """``epochs * ceil(examples / batch_size)`` steps a round."""
+        steps = self.epochs * -(-examples // self.batch_size)
+        return TrainingPlan(self.kind, self.lr, self.batch_size, examples, steps, rounds)
+
+    def train(
+        self,
+        model: nn.Module,
+        data: LocalData,
+        defenses: Sequence[Defense],
+        ctx: ClientContext,
+        proximal_mu: float = 0.0,
+    ) -> Trained:
+        """Train, and return ``after - before`` beside what the defenses made of it."""
+        parameters = trainable(model)
+        before = {name: p.detach().clone() for name, p in parameters.items()}
+        optimizer = torch.optim.SGD(
+            parameters.values(),
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )
+        for indices in sampled(self._batches(len(data), ctx), len(data), defenses, ctx):
+            gradient = step_gradient(model, data.batch(indices), defenses, ctx)
+            for name, parameter in parameters.items():
+                pull = proximal_mu * (parameter.detach() - before[name]) if proximal_mu else 0
+                parameter.grad = gradient[name] + pull
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr
+                for defense in defenses:
+                    group["lr"] = defense.learning_rate(group["lr"], ctx)
+            optimizer.step()
+            ctx.step += 1
+        clean = {name: p.detach() - before[name] for name, p in parameters.items()}
+        update = upload_transformed(clean, defenses, ctx)
+        changed = any(update[name] is not clean[name] for name in clean)
+        after = {
+            name: before[name] + update[name] if changed else p.detach()
+            for name, p in parameters.items()
+        }
+        return Trained(after, clean, torch.arange(len(data)), update)
+
+    def _batches(self, examples: int, ctx: ClientContext) -> Iterator[Tensor]:
+        for epoch in range(self.epochs):
+            order = torch.randperm(examples, generator=ctx.public("batches", ctx.round, epoch))
+            yield from order.split(self.batch_size)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def sampled(
+    batches: Iterator[Tensor], examples: int, defenses: Sequence[Defense], ctx: ClientContext
+) -> Iterator[Tensor]:
+    """Let each defense choose the batches in its turn."""
+    chosen = batches
+    for defense in defenses:
+        chosen = iter(defense.sampler(chosen, examples, ctx))
+    return chosen
+
+
+def step_gradient(
+    model: nn.Module, batch: Batch, defenses: Sequence[Defense], ctx: ClientContext
+) -> Tensors:
+    """Return one step's gradient: batch, loss, gradient, each as the defenses have it."""
+    for defense in defenses:
+        batch = measured_batch(ctx.effect(defense), defense.transform_batch, batch, ctx)
+    gradient = next(
+        (g for d in defenses if (g := d.gradients(model, batch, ctx)) is not None), None
+    )
+    if gradient is None:
+        gradient = batch_gradient(model, batch, defenses, ctx)
+    for defense in defenses:
+        effect = ctx.effect(defense)
+        gradient = measured_update(effect, defense.transform_gradient, gradient, ctx)
+    return gradient
+
+
+def batch_gradient(
+    model: nn.Module, batch: Batch, defenses: Sequence[Defense], ctx: ClientContext
+) -> Tensors:
+    """Return the gradient of the mean loss over one batch."""
+    loss = next((s for d in defenses if (s := d.loss(model, batch, ctx)) is not None), None)
+    if loss is None:
+        loss = cross_entropy(model(batch[0]), batch[1])
+    parameters = trainable(model)
+    gradients = torch.autograd.grad(
+        loss, list(parameters.values()), allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(parameters, gradients, strict=True))
+
+
+def upload_transformed(
+    update: Tensors, defenses: Sequence[Defense], ctx: ClientContext
+) -> Tensors:
+    """Let each defense change what is uploaded."""
+    for defense in defenses:
+        update = measured_update(ctx.effect(defense), defense.transform_update, update, ctx)
+    return update
+
+

@@ -1,0 +1,31 @@
+"""What a channel is: it decides what of the uploads any strategy, honest or not, can read."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from flwr.app import Context, Message
+from flwr.clientapp.typing import ClientAppCallable
+from flwr.serverapp import Grid
+
+
+class Channel(ABC):
+    """A pair: a ``Grid`` around the server's, and a mod around the client's training."""
+
+    name: ClassVar[str]
+    #: Whether a reply is one client's, or an aggregate of all of a round.
+    aggregates: ClassVar[bool] = False
+
+    def check(self, clients: int) -> None:
+        """Refuse a cohort that the protocol cannot carry (``ValueError``)."""
+
+    @abstractmethod
+    def grid(self, inner: Grid, context: Context, timeout: float) -> Grid:
+        """Return the grid through which the strategy sends and receives."""
+
+    @abstractmethod
+    def client(self, msg: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        """Act as a Flower mod around one client's training."""
+
+    def figures(self) -> dict[str, Any]:
+        """Return what the channel did so far, for the report."""
+        return {}

@@ -1,0 +1,125 @@
+"""The ``fedsim`` command: thin over the same code as ``flwr run``."""
+
+import os
+import shlex
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+class Engine(StrEnum):
+    """Where clients run."""
+
+    INLINE = "inline"
+    SIMULATION = "simulation"
+
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Change keys in place.")
+]
+
+
+@app.command()
+def run(
+    file: Annotated[Path, typer.Argument(help="A scenario file.")],
+    overrides: Overrides = None,
+    engine: Annotated[Engine, typer.Option(help="Where clients run.")] = Engine.INLINE,
+) -> None:
+    """Run a scenario; the last line printed is the report's path."""
+    scenario = _scenario(file, overrides)
+    command = shlex.join(["fedsim", *sys.argv[1:]])
+    if engine is Engine.SIMULATION:
+        from fedsim.engines.simulation import run_simulation
+
+        page = run_simulation(scenario, command)
+    else:
+        from fedsim.engines.inline import run_inline
+
+        page = run_inline(
+            scenario, command, lambda path: print(f"run folder: {path}", flush=True)
+        )
+    print(page)
+
+
+@app.command()
+def validate(
+    file: Annotated[Path, typer.Argument(help="A scenario file.")], overrides: Overrides = None
+) -> None:
+    """Check a scenario whole, and run nothing."""
+    from fedsim.parts import Parts, check, check_writable
+    from fedsim.run_folder import output_dir
+
+    scenario = _scenario(file, overrides)
+    check_writable(output_dir(scenario))
+    check(Parts(scenario))
+    print(f"{file}: a valid scenario")
+
+
+@app.command()
+def attack(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    expression: Annotated[str, typer.Argument(help="Another attack on its saved views.")],
+) -> None:
+    """Try another attack on the views that a run saved."""
+    from fedsim.parts import Parts, check
+    from fedsim.run import reconstruct, write_report
+    from fedsim.run_folder import RunFolder
+
+    run_folder = RunFolder.open(folder)
+    scenario = run_folder.scenario.with_changes(attack=expression)
+    parts = Parts(scenario)
+    check(parts)
+    assert parts.attack is not None
+    run_folder.write_scenario(scenario)
+    reconstruct(parts, parts.attack, run_folder)
+    run_folder.gather_vault()
+    print(write_report(run_folder))
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    vault: Annotated[
+        list[Path] | None, typer.Option(help="A SuperNode's vault, given to the auditor now.")
+    ] = None,
+) -> None:
+    """Judge a run again, with the vaults of a cluster's SuperNodes if need be."""
+    from fedsim.audit.vault import collect
+    from fedsim.run import write_report
+    from fedsim.run_folder import RunFolder
+
+    run_folder = RunFolder.open(folder)
+    run_folder.gather_vault()
+    if vault:
+        collect([path.resolve() for path in vault], run_folder.path / "vault")
+    print(write_report(run_folder))
+
+
+def _scenario(file: Path, overrides: list[str] | None):  # type: ignore[no-untyped-def]
+    """Read a scenario; a relative ``output.dir`` means the caller's folder."""
+    from fedsim.scenario import Scenario, parse_override
+
+    changes = {k: v for text in overrides or [] for k, v in parse_override(text).items()}
+    scenario = Scenario.load(file, changes)
+    absolute = Path(scenario.output.dir).expanduser().absolute()
+    return scenario.with_changes(**{"output.dir": str(absolute)})
+
+
+def main() -> None:
+    """Run the command; a refusal or a failed run is one message and a non-zero exit status."""
+    from fedsim.errors import NotGranted, RunFailed, ScenarioError
+
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    try:
+        app()
+    except (ScenarioError, RunFailed, NotGranted) as error:
+        print(f"fedsim: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ScenarioError) else 1)
+    except KeyboardInterrupt:
+        print("fedsim: interrupted; what was saved stays in the run folder", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,243 @@
+"""One federation: any Flower strategy inside, a role around it, the range's bookkeeping outside.
+
+From the outside in: :class:`Refereed` (repeatable sampling, broken replies, the ledger), the role
+(nobody, or what ``strategies`` registers), :class:`Applied` (uploads of any kind become what the
+strategy expects: full weights), and the Flower strategy itself.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from logging import WARNING
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp import strategy as flower_strategies
+from flwr.serverapp.strategy import Strategy
+from flwr.supercore import log
+
+from fedsim import registry, seeds
+from fedsim.data import DataSpec
+from fedsim.errors import ScenarioError
+from fedsim.models import build_model, is_buffer, uploaded_names
+from fedsim.population import Ledger, Population, client_of
+from fedsim.spool import lazily
+
+# Parameters of Flower strategies that the range sets itself.
+_OURS = {
+    "fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes",
+    "min_available_nodes", "weighted_by_key", "arrayrecord_key", "configrecord_key",
+    "train_metrics_aggr_fn", "evaluate_metrics_aggr_fn",
+}  # fmt: skip
+
+
+def inner_strategies() -> dict[str, type[Strategy]]:
+    """Return Flower's strategies by lower-case name, those that average arrays."""
+    return {
+        name.lower(): getattr(flower_strategies, name)
+        for name in flower_strategies.__all__
+        if name not in ("Strategy", "Result")
+        and not name.startswith(("DifferentialPrivacy", "FedXgb", "QFedAvg"))
+    }
+
+
+def build_strategy(expression: str, fraction: float) -> Strategy:
+    """Build the Flower strategy that a scenario names.
+
+    Raises
+    ------
+    ScenarioError
+        If Flower has no such strategy, or it has no such parameter.
+    """
+    key = "federation.strategy"
+    found = registry.parse(expression, key)
+    known = inner_strategies()
+    if len(found) != 1 or found[0].name not in known:
+        remedy = f"no such strategy; {registry.nearest(expression, list(known))}"
+        raise ScenarioError(key, expression, remedy)
+    strategy = known[found[0].name]
+    if taken := sorted(_OURS & found[0].arguments.keys()):
+        remedy = "the range sets this itself (federation.fraction says who trains)"
+        raise ScenarioError(f"{key}: {taken[0]}", found[0].arguments[taken[0]], remedy)
+    arguments = registry.check_arguments(strategy, found[0], key)
+    try:
+        return strategy(
+            **arguments,
+            fraction_train=fraction,
+            fraction_evaluate=0.0,
+            min_train_nodes=1,
+            min_available_nodes=1,
+        )
+    except (TypeError, ValueError) as error:
+        raise ScenarioError(key, expression, str(error)) from error
+
+
+class Wrapper(Strategy):
+    """A strategy around another; every method passes on unless a subclass says otherwise."""
+
+    def __init__(self, inner: Strategy) -> None:
+        self.inner = inner
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Pass on."""
+        return self.inner.configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Pass on."""
+        return self.inner.aggregate_train(server_round, replies)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Pass on."""
+        return self.inner.configure_evaluate(server_round, arrays, config, grid)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Pass on."""
+        return self.inner.aggregate_evaluate(server_round, replies)
+
+    def summary(self) -> None:
+        """Pass on."""
+        self.inner.summary()
+
+
+class Applied(Wrapper):
+    """Turn uploads of any kind into full weights, so that any Flower strategy can average them.
+
+    A gradient ``g`` becomes ``w - lr * g`` (FedSGD); arrays that clients keep to themselves
+    (BatchNorm statistics that are frozen or private) are those of the model sent.
+    """
+
+    def __init__(self, inner: Strategy, lr: float | None, message_type: str = "train") -> None:
+        super().__init__(inner)
+        self.lr, self.message_type = lr, message_type
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Remember what was sent."""
+        self.sent = arrays
+        messages = list(self.inner.configure_train(server_round, arrays, config, grid))
+        for message in messages:
+            message.metadata.message_type = self.message_type
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Hand the strategy full weights; it reads them one reply at a time."""
+        full = []
+        for reply in replies:
+            received = reply.content["arrays"]
+            arrays = ArrayRecord()
+            for name, before in self.sent.items():
+                if name not in received:
+                    arrays[name] = before
+                else:
+                    arrays[name] = lazily(received[name], self._applied(name, before))
+            content = RecordDict({"arrays": arrays, "metrics": reply.content["metrics"]})
+            full.append(Message(content, metadata=reply.metadata))
+        return self.inner.aggregate_train(server_round, full)
+
+    def _applied(self, name: str, before: Array) -> Callable[[Any], Any]:
+        if self.lr is None or is_buffer(name):
+            return lambda after: after.astype(before.dtype)
+        lr = self.lr
+        return lambda gradient: (before.numpy() - lr * gradient).astype(before.dtype)
+
+
+class Refereed(Wrapper):
+    """The range's own bookkeeping around a whole server, role and all.
+
+    Sampling repeats from the public seed.  A reply with missing arrays, wrong shapes, NaN or Inf
+    is left out and noted; a round without a usable reply leaves the model as it was.
+    """
+
+    def __init__(
+        self,
+        inner: Strategy,
+        population: Population,
+        *,
+        seed: int,
+        spec: DataSpec,
+        batchnorm: str,
+        on_round: Callable[[int, float], None],
+    ) -> None:
+        super().__init__(inner)
+        self.population, self.ledger = population, population.ledger
+        self.seed, self.spec, self.batchnorm, self.on_round = seed, spec, batchnorm, on_round
+        self.sent: dict[int, Message] = {}
+        self.rounds_aggregated = 0
+        self._expected: dict[str, dict[str, tuple[int, ...]]] = {}
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let the inner strategy sample, from a seed of this round's own."""
+        self.ledger.round, self._started = server_round, time.perf_counter()
+        available = set(grid.get_node_ids())
+        for client in range(self.population.clients):
+            if client + 1 not in available:
+                self.ledger.fail(client, "its SuperNode is not connected")
+        with seeds.seeded_globals(seeds.derive(self.seed, "cohort", server_round)):
+            messages = list(self.inner.configure_train(server_round, arrays, config, grid))
+        self.sent = {message.metadata.dst_node_id: message for message in messages}
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Leave out what is broken, and let the inner strategy aggregate the rest."""
+        whole = []
+        for reply in replies:
+            if reason := self._broken(reply):
+                self.ledger.fail(client_of(reply.metadata.src_node_id), reason)
+            else:
+                whole.append(reply)
+        arrays, metrics = None, None
+        if whole:
+            arrays, metrics = self.inner.aggregate_train(server_round, whole)
+        if arrays is None:
+            log(WARNING, "round %d: no usable reply, the model stays as it was", server_round)
+        else:
+            self.rounds_aggregated += 1
+        self.population.forget_round()
+        self.ledger.round_seconds.append(time.perf_counter() - self._started)
+        self.on_round(server_round, self.ledger.round_seconds[-1])
+        return arrays, metrics
+
+    def _broken(self, reply: Message) -> str | None:
+        """Say what is wrong with a reply, if anything is."""
+        asked = self.sent[reply.metadata.src_node_id]
+        expected = self._expectation(str(asked.content["config"]["model"]))
+        arrays = reply.content.array_records.get("arrays")
+        if arrays is None:
+            return "its reply holds no arrays"
+        if "num-examples" not in reply.content.metric_records.get("metrics", {}):
+            return "its reply does not say num-examples"
+        if odd := sorted(expected.keys() ^ arrays.keys()):
+            return f"its reply lacks, or adds, {odd[0]!r} and {len(odd) - 1} more arrays"
+        for name, array in arrays.items():
+            if tuple(array.shape) != expected[name]:
+                return f"{name!r} has shape {list(array.shape)}, not {list(expected[name])}"
+            if not np.isfinite(array.numpy()).all():
+                return f"{name!r} holds NaN or Inf"
+        return None
+
+    def _expectation(self, expression: str) -> dict[str, tuple[int, ...]]:
+        if expression not in self._expected:
+            model = build_model(expression, self.spec)
+            own = model.state_dict()
+            shapes = {name: tuple(own[name].shape) for name in uploaded_names(model, self.batchnorm)}
+            self._expected[expression] = shapes
+        return self._expected[expression]
+
+
+__all__ = ["Applied", "Ledger", "Refereed", "Wrapper", "build_strategy", "inner_strategies"]

@@ -1,0 +1,205 @@
+"""A scenario's components, built and checked against each other before any client trains."""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fedsim import registry
+from fedsim.attack import Attack, Manipulation
+from fedsim.channel import Channel
+from fedsim.data import DataSet, DataSpec, load_dataset, partition
+from fedsim.defense import Defense
+from fedsim.errors import ScenarioError
+from fedsim.federation import build_strategy
+from fedsim.local import Local
+from fedsim.models import initial_model
+from fedsim.scenario import Scenario
+from fedsim.threat import ORACLES, THREAT_MODELS, least_model
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a scenario's expressions stand for; each is built when first asked for."""
+
+    scenario: Scenario
+
+    @cached_property
+    def attack(self) -> Attack | None:
+        """The attack, or None for an honest server."""
+        found = registry.parse(self.scenario.attack, "attack")
+        if len(found) > 1:
+            raise ScenarioError("attack", self.scenario.attack, "one attack a run")
+        attack: Attack | None = registry.build("attack", found[0], "attack") if found else None
+        return attack
+
+    @cached_property
+    def oracles(self) -> frozenset[str]:
+        """The oracle grants the scenario names."""
+        text = self.scenario.oracles
+        named = [] if text in ("", "none") else [name.strip() for name in text.split(",")]
+        for name in named:
+            if name not in ORACLES:
+                raise ScenarioError("oracles", text, registry.nearest(name, list(ORACLES)))
+        return frozenset(named)
+
+    @cached_property
+    def defenses(self) -> tuple[Defense, ...]:
+        """The chain of defenses, in the order a client applies them."""
+        found = registry.parse(self.scenario.defenses, "defenses")
+        return tuple(registry.build("defense", one, "defenses") for one in found)
+
+    @cached_property
+    def channel(self) -> Channel:
+        """What reaches the server."""
+        channel: Channel = registry.build("channel", self.scenario.channel, "channel")
+        return channel
+
+    @cached_property
+    def local(self) -> Local:
+        """What a client does in a round."""
+        local: Local = registry.build("local", self.scenario.federation.local, "federation.local")
+        return local
+
+    @cached_property
+    def dataset(self) -> DataSet:
+        """The data set."""
+        return load_dataset(self.scenario.data.dataset)
+
+    @cached_property
+    def spec(self) -> DataSpec:
+        """The data set's public facts."""
+        return _spec(self.scenario.data.dataset)
+
+    @cached_property
+    def partitions(self) -> list[torch.Tensor]:
+        """Indices into the train split, one tensor for each client."""
+        return partition(
+            self.scenario.data.partition,
+            self.dataset.train.labels,
+            self.scenario.federation.clients,
+            self.scenario.seed,
+        )
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type of models, training and uploads."""
+        return getattr(torch, self.scenario.federation.precision)  # type: ignore[no-any-return]
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where clients train and the attack computes."""
+        wanted = self.scenario.federation.device
+        if wanted == "auto":
+            wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device(wanted)
+
+    def model(self) -> nn.Module:
+        """Return the federation's model with its initial weights."""
+        name, seed = self.scenario.model.name, self.scenario.seed
+        return initial_model(name, self.spec, seed).to(self.dtype)
+
+
+@lru_cache(maxsize=4)
+def _spec(expression: str) -> DataSpec:
+    return load_dataset(expression).spec
+
+
+def check(parts: Parts) -> None:
+    """Refuse, before any client trains, whatever cannot run or would silently do nothing.
+
+    Raises
+    ------
+    ScenarioError
+        Naming the key, the value and what would be right.
+    """
+    scenario = parts.scenario
+    cohort = int(scenario.federation.clients * scenario.federation.fraction)
+    if cohort < 1:
+        remedy = f"of {scenario.federation.clients} clients none would train; at least "
+        remedy += f"{1 / scenario.federation.clients:.3g}"
+        raise ScenarioError("federation.fraction", scenario.federation.fraction, remedy)
+    if scenario.federation.device == "cuda" and not torch.cuda.is_available():
+        raise ScenarioError("federation.device", "cuda", "no CUDA device here; 'auto' or 'cpu'")
+    _check_adversary(parts)
+    build_strategy(scenario.federation.strategy, scenario.federation.fraction)
+    model = parts.model()
+    for key, component in _fitting(parts):
+        try:
+            component.check(model, parts.local.kind)
+        except ValueError as error:
+            raise ScenarioError(key, component.name, str(error)) from error
+    try:
+        parts.channel.check(cohort)
+    except ValueError as error:
+        raise ScenarioError("channel", scenario.channel, str(error)) from error
+    _check_order(parts.defenses, scenario.defenses)
+    empty = [client for client, indices in enumerate(parts.partitions) if not len(indices)]
+    if empty:
+        remedy = f"client {empty[0]} (and {len(empty) - 1} more) would hold no example"
+        raise ScenarioError("data.partition", scenario.data.partition, remedy)
+    _check_criterion(scenario.audit.criterion)
+
+
+def _fitting(parts: Parts) -> list[tuple[str, Attack | Defense]]:
+    attacks: list[tuple[str, Attack | Defense]] = [("attack", parts.attack)] if parts.attack else []
+    return attacks + [("defenses", defense) for defense in parts.defenses]
+
+
+def _check_adversary(parts: Parts) -> None:
+    scenario, attack = parts.scenario, parts.attack
+    wanted = attack.oracles if attack else frozenset()
+    if missing := sorted(wanted - parts.oracles):
+        remedy = f"{scenario.attack} needs the oracle; write oracles = {missing[0]!r}, and the "
+        raise ScenarioError("oracles", scenario.oracles, remedy + "report wears a badge")
+    if idle := sorted(parts.oracles - wanted):
+        remedy = f"nothing here would use {idle[0]!r}; leave it out"
+        raise ScenarioError("oracles", scenario.oracles, remedy)
+    if attack is None:
+        return
+    granted = THREAT_MODELS[scenario.threat_model]
+    if lacking := sorted(need.value for need in attack.needs - granted):
+        least = least_model(attack.needs)
+        remedy = f"{attack.name} needs {', '.join(lacking)}; the least threat model is {least}"
+        raise ScenarioError("threat-model", scenario.threat_model, remedy)
+    if isinstance(attack, Manipulation) and "manipulation" not in granted:
+        remedy = f"{attack.name} changes the model that clients get; use F, G or H"
+        raise ScenarioError("threat-model", scenario.threat_model, remedy)
+
+
+def _check_order(defenses: tuple[Defense, ...], text: str) -> None:
+    for first, second in zip(defenses, defenses[1:], strict=False):
+        if first.rank > second.rank:
+            remedy = f"{second.name} must come before {first.name} (clip, noise, sparsify, quantize"
+            raise ScenarioError("defenses", text, remedy + ": any other order breaks a guarantee)")
+    names = [defense.name for defense in defenses]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ScenarioError("defenses", text, f"{min(twice)} stands there twice")
+
+
+def _check_criterion(text: str) -> None:
+    """Check the criterion's grammar."""
+    from fedsim.audit.criterion import parse_criterion
+
+    parse_criterion(text)
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse an output folder that cannot be written to.
+
+    Raises
+    ------
+    ScenarioError
+        Naming ``output.dir``.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".fedsim-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        remedy = f"cannot be written to: {error.strerror}; name another folder"
+        raise ScenarioError("output.dir", str(folder), remedy) from error

@@ -1,0 +1,234 @@
+"""The population: a scenario's clients, shown to a strategy as nodes, wherever they are hosted.
+
+Clients are logical participants; SuperNodes are processes.  Client ``k`` is node ``k + 1`` to the
+strategy and lives on the SuperNode whose partition-id is ``k`` modulo the number of SuperNodes.
+With as many SuperNodes as clients this is the identity.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+
+from fedsim.errors import RunFailed
+from fedsim.spool import spooled
+
+ADDRESS = "fedsim"  # the record that says which client a message is for
+
+
+def node_of(client: int) -> int:
+    """Return the node id under which a strategy sees a client."""
+    return client + 1
+
+
+def client_of(node_id: int) -> int:
+    """Return the client that a strategy sees as this node."""
+    return node_id - 1
+
+
+@dataclass
+class Ledger:
+    """What happened on the way: failures, bytes and seconds, round by round."""
+
+    round: int = 0
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    round_seconds: list[float] = field(default_factory=list)
+
+    def fail(self, client: int | None, reason: str) -> None:
+        """Note that a client took no part in this round, and why."""
+        self.failures.append({"round": self.round, "client": client, "reason": reason})
+
+
+class Population(Grid):
+    """A ``Grid`` whose nodes are the scenario's clients.
+
+    Replies come back in order of clients, their arrays on disk; a client that failed, or did not
+    answer in time, is noted in the ledger and left out.
+    """
+
+    def __init__(
+        self, inner: Grid, clients: int, ledger: Ledger, timeout: float, folder: Path
+    ) -> None:
+        self.inner, self.clients, self.ledger, self.timeout = inner, clients, ledger, timeout
+        self.hosts: dict[int, int] = {}  # partition-id -> SuperNode
+        self.partitions = 0
+        self._spool = tempfile.TemporaryDirectory(prefix=".spool-", dir=folder)
+        self._spooled: list[Path] = []
+        self._replies: dict[str, Message] = {}
+
+    # -- who is there --------------------------------------------------------------------------
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the nodes of all clients whose SuperNode is connected."""
+        self._find_hosts()
+        return [
+            node_of(client)
+            for client in range(self.clients)
+            if client % self.partitions in self.hosts
+        ]
+
+    def _find_hosts(self) -> None:
+        deadline = time.monotonic() + self.timeout
+        while not (nodes := set(self.inner.get_node_ids())):
+            if time.monotonic() > deadline:
+                raise RunFailed(f"no SuperNode connected within {self.timeout:g} s")
+            time.sleep(0.2)
+        self.hosts = {part: node for part, node in self.hosts.items() if node in nodes}
+        strangers = sorted(nodes - set(self.hosts.values()))
+        asked = [Message(RecordDict(), dst_node_id=n, message_type="query.whoami") for n in strangers]
+        if not asked:
+            return
+        for reply in self.inner.send_and_receive(asked, timeout=self.timeout):
+            if reply.has_error():
+                self.ledger.fail(None, f"a SuperNode does not say who it is: {reply.error.reason}")
+                continue
+            who = reply.content["whoami"]
+            self.hosts[who["partition-id"]] = reply.metadata.src_node_id
+            self.partitions = who["num-partitions"]
+        if not self.partitions:
+            reasons = [failure["reason"] for failure in self.ledger.failures[-1:]]
+            raise RunFailed(f"no SuperNode answered: {reasons}")
+
+    # -- sending -------------------------------------------------------------------------------
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Deliver every message to the host of its client, a few at a time; return the replies."""
+        waiting = sorted(messages, key=lambda m: m.metadata.dst_node_id, reverse=True)
+        deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
+        window, pause = 2 * max(len(self.hosts), 1), 0.01
+        outstanding: dict[str, Message] = {}
+        replies: list[Message] = []
+        while (waiting or outstanding) and time.monotonic() < deadline:
+            batch = [waiting.pop() for _ in range(min(window - len(outstanding), len(waiting)))]
+            outstanding.update(self._push(batch))
+            arrived = list(self.inner.pull_messages(list(outstanding))) if outstanding else []
+            for reply in arrived:
+                asked = outstanding.pop(reply.metadata.reply_to_message_id)
+                if (answer := self._receive(asked, reply)) is not None:
+                    replies.append(answer)
+            if not arrived and outstanding:
+                time.sleep(pause)
+                pause = min(pause * 1.5, 1.0)
+            else:
+                pause = 0.01
+        for asked in [*outstanding.values(), *waiting]:
+            client = client_of(asked.metadata.dst_node_id)
+            self.ledger.fail(client, f"no answer within {self.timeout:g} s")
+        return sorted(replies, key=lambda m: m.metadata.src_node_id)
+
+    def _push(self, messages: list[Message]) -> dict[str, Message]:
+        asked: list[Message] = []
+        hosted: list[Message] = []
+        for message in messages:
+            client = client_of(message.metadata.dst_node_id)
+            host = self.hosts.get(client % self.partitions)
+            if host is None:
+                self.ledger.fail(client, "its SuperNode is not connected")
+                continue
+            self.ledger.bytes_down += _bytes(message.content)
+            asked.append(message)
+            hosted.append(
+                Message(
+                    _addressed(message.content, client),
+                    dst_node_id=host,
+                    message_type=message.metadata.message_type,
+                    group_id=message.metadata.group_id,
+                    ttl=message.metadata.ttl,
+                )
+            )
+        ids: list[str | None] = list(self.inner.push_messages(hosted)) if hosted else []
+        ids += [None] * (len(asked) - len(ids))
+        pushed: dict[str, Message] = {}
+        for message_id, message in zip(ids, asked, strict=True):
+            if message_id is None:
+                self.ledger.fail(client_of(message.metadata.dst_node_id), "could not be reached")
+            else:
+                pushed[message_id] = message
+        return pushed
+
+    def _receive(self, asked: Message, reply: Message) -> Message | None:
+        client = client_of(asked.metadata.dst_node_id)
+        if reply.has_error():
+            self.ledger.fail(client, _plain_reason(reply.error.reason))
+            return None
+        content = reply.content
+        self.ledger.bytes_up += _bytes(content)
+        for name in list(content.array_records):
+            path = Path(self._spool.name) / f"{self.ledger.round}-{client}-{len(self._spooled)}"
+            self._spooled.append(path)
+            content[name] = spooled(content[name], path)
+        return Message(content, reply_to=asked)
+
+    def forget_round(self) -> None:
+        """Delete the arrays of replies that have been aggregated."""
+        while self._spooled:
+            self._spooled.pop().unlink(missing_ok=True)
+
+    # -- the rest of the Grid interface ----------------------------------------------------------
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Deliver at once and keep the replies for :meth:`pull_messages`."""
+        sent = list(messages)
+        replies = {m.metadata.src_node_id: m for m in self.send_and_receive(sent)}
+        ids = []
+        for message in sent:
+            message_id = f"{self.ledger.round}-{message.metadata.dst_node_id}-{len(self._replies)}"
+            if message.metadata.dst_node_id in replies:
+                self._replies[message_id] = replies[message.metadata.dst_node_id]
+            ids.append(message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies kept by :meth:`push_messages`."""
+        return [self._replies.pop(i) for i in message_ids if i in self._replies]
+
+    def set_run(self, run: Any) -> None:
+        """Pass on."""
+        self.inner.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        """The run of the grid inside."""
+        return self.inner.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Create a message as Flower's own grids do."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+
+def _bytes(content: RecordDict) -> int:
+    return sum(record.count_bytes() for record in content.values())
+
+
+def _addressed(content: RecordDict, client: int) -> RecordDict:
+    """Copy what a client's mods may write to; arrays are shared, nobody writes to them."""
+    copy = RecordDict({ADDRESS: ConfigRecord({"client": client})})
+    for name, record in content.items():
+        if isinstance(record, ConfigRecord | MetricRecord):
+            copy[name] = type(record)(dict(record))
+        else:
+            copy[name] = record
+    return copy
+
+
+def _plain_reason(reason: str) -> str:
+    """Return the last line of a remote traceback, without terminal colors."""
+    lines = [line for line in reason.strip().splitlines() if line.strip()] or [reason]
+    text = lines[-1]
+    while "\x1b[" in text:
+        before, _, after = text.partition("\x1b[")
+        text = before + after.partition("m")[2]
+    return text.strip()[:500]

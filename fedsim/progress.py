@@ -1,0 +1,59 @@
+"""Progress with rate and time left: a moving line in a terminal, plain lines elsewhere."""
+
+import sys
+import time
+
+_EVERY = 5.0  # seconds between plain lines
+
+
+class Progress:
+    """One task's progress; call it with how much is done.
+
+    Parameters
+    ----------
+    task : str
+        What is being done, in a word.
+    unit : str
+        What is counted.
+    """
+
+    def __init__(self, task: str, unit: str) -> None:
+        self.task, self.unit = task, unit
+        self.started = self.last = time.monotonic()
+        self.terminal = sys.stderr.isatty()
+
+    def __call__(self, done: int, total: int, text: str = "") -> None:
+        """Say that ``done`` of ``total`` units are done; ``text`` is the objective, say."""
+        now, finished = time.monotonic(), done >= total
+        if not finished and now - self.last < (0.2 if self.terminal else _EVERY):
+            return
+        self.last = now
+        line = self._line(done, total, now - self.started, text)
+        if self.terminal:
+            print(f"\r\x1b[K{line}", end="\n" if finished else "", file=sys.stderr, flush=True)
+        else:
+            print(line, flush=True)
+
+    def _line(self, done: int, total: int, seconds: float, text: str) -> str:
+        rate = done / seconds if seconds > 0 else 0.0
+        left = (total - done) / rate if rate else float("inf")
+        parts = [f"{self.task} {done}/{total} {self.unit}", _rate(rate, self.unit)]
+        if done < total and rate:
+            parts.append(f"{_duration(left)} left")
+        if done >= total:
+            parts.append(f"took {_duration(seconds)}")
+        return ", ".join([*parts, text] if text else parts)
+
+
+def _rate(rate: float, unit: str) -> str:
+    if rate and rate < 1:
+        return f"{1 / rate:.1f} s a {unit.rstrip('s')}"
+    return f"{rate:.1f} {unit}/s"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

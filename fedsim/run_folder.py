@@ -1,0 +1,125 @@
+"""A run's folder: written as it goes, so that a killed run keeps what it had."""
+
+import json
+import os
+import re
+import secrets
+import shutil
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsim import seeds
+from fedsim.errors import RunFailed, ScenarioError
+from fedsim.files import write_atomically, write_json
+from fedsim.scenario import Scenario
+
+_PACKAGES = ("fedsim-range", "flwr", "torch", "torchvision", "ray", "numpy", "dp-accounting")
+
+
+class RunFolder:
+    """``<dir>/<time>-<title>-<id>`` and everything in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, scenario: Scenario, *, run_id: int, engine: str, command: str) -> "RunFolder":
+        """Make a new folder, and point ``latest`` beside it to it."""
+        parent = output_dir(scenario)
+        title = re.sub(r"[^a-z0-9]+", "-", scenario.title.lower()).strip("-")[:40] or "run"
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{title}-{secrets.token_hex(3)}"
+        folder = cls(parent / name)
+        folder.path.mkdir(parents=True)
+        folder.path.joinpath("vault").mkdir(mode=0o700)
+        write_atomically(folder.path / "scenario.toml", scenario.to_toml())
+        write_json(folder.path / "environment.json", _environment(scenario, run_id, engine, command))
+        link = parent / f".latest-{os.getpid()}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(name)
+        link.replace(parent / "latest")
+        folder.event("started", engine=engine)
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """Open what a run left.
+
+        Raises
+        ------
+        ScenarioError
+            If the path is not a run folder.
+        """
+        if not (path / "scenario.toml").is_file():
+            raise ScenarioError("run", str(path), "not a run folder: it holds no scenario.toml")
+        return cls(path.resolve())
+
+    @property
+    def scenario(self) -> Scenario:
+        """The resolved scenario."""
+        return Scenario.load(self.path / "scenario.toml")
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Versions, device, seed, command, run id."""
+        environment: dict[str, Any] = json.loads((self.path / "environment.json").read_text())
+        return environment
+
+    def event(self, name: str, **facts: Any) -> None:
+        """Append one line to ``events.jsonl``."""
+        line = json.dumps({"time": round(time.time(), 3), "event": name, **facts})
+        with (self.path / "events.jsonl").open("a") as file:
+            file.write(line + "\n")
+
+    def write(self, name: str, value: Any) -> None:
+        """Write one of the run's JSON files."""
+        write_json(self.path / name, value)
+
+    def gather_vault(self) -> None:
+        """Bring home what clients on this machine deposited under the run's id."""
+        left = seeds.home() / "vaults" / str(self.environment["run_id"])
+        if left.is_dir():
+            shutil.copytree(left, self.path / "vault", dirs_exist_ok=True)
+            shutil.rmtree(left)
+
+    def sealed_paths(self) -> list[Path]:
+        """What no attack may open: the truth, and the seed that all public streams come from."""
+        names = ("vault", "scenario.toml", "environment.json")
+        return [*(self.path / name for name in names), seeds.home() / "vaults"]
+
+
+def output_dir(scenario: Scenario) -> Path:
+    """Return where run folders go; a relative folder lies in ``$FEDSIM_HOME``."""
+    return seeds.home() / Path(scenario.output.dir).expanduser()
+
+
+def _environment(scenario: Scenario, run_id: int, engine: str, command: str) -> dict[str, Any]:
+    versions = {"python": sys.version.split()[0]}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        "versions": versions,
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "cores": os.cpu_count(),
+        "seed": scenario.seed,
+        "engine": engine,
+        "run_id": run_id,
+        "command": command,
+        "repeat": f"fedsim run scenario.toml --engine {engine}",
+    }
+
+
+def explain_os_error(error: OSError, folder: Path) -> RunFailed:
+    """Return the message for a disk that is full or a folder that is gone."""
+    return RunFailed(
+        f"could not write ({error.strerror or error}: {error.filename or folder}); "
+        f"what was saved before stays readable in {folder}"
+    )

@@ -1,0 +1,204 @@
+"""A scenario: one TOML file that says everything about a run, validated whole before it starts.
+
+Every key is also declared with its default in ``[tool.flwr.app.config]`` of ``pyproject.toml``,
+so that plain ``flwr run . --run-config FILE`` takes the file as it is.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedsim.errors import ScenarioError
+from fedsim.registry import nearest
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, alias_generator=_kebab, populate_by_name=True
+    )
+
+
+class FederationTable(_Table):
+    """``[federation]``: who trains, how often and how."""
+
+    clients: int = Field(4, ge=1, description="Participants, each with a partition of its own.")
+    rounds: int = Field(1, ge=1, description="Server rounds.")
+    fraction: float = Field(1.0, gt=0, le=1, description="Share of the clients in each round.")
+    strategy: str = Field("fedavg", description="Any Flower strategy: `fedadam(eta=0.01)`.")
+    local: str = Field(
+        "fedsgd(batch_size=8, lr=0.1)",
+        description="What a client does in a round: `fedsgd(...)` uploads one batch's gradient, "
+        "`fedavg(epochs=, batch_size=, lr=)` uploads weights after local training.",
+    )
+    timeout: float = Field(600.0, gt=0, description="Seconds a round may wait for its clients.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where clients train and the attack computes; `auto` prefers CUDA."
+    )
+    precision: Literal["float32", "float64"] = Field(
+        "float32", description="Floating-point type of models, training and uploads."
+    )
+    threads: int = Field(
+        0, ge=0, description="CPU threads a client trains with; 0 is all cores of its machine."
+    )
+
+
+class DataTable(_Table):
+    """``[data]``: what clients hold."""
+
+    dataset: str = Field("photo-tiles", description="Data set expression.")
+    partition: str = Field("iid", description="A flwr-datasets partitioner: `dirichlet(alpha=0.5)`.")
+
+
+class ModelTable(_Table):
+    """``[model]``: what is trained."""
+
+    name: str = Field("convnet", description="Model expression.")
+    batchnorm: Literal["frozen", "shared", "private"] = Field(
+        "frozen",
+        description="`frozen`: clients use the running statistics the server sent, and return "
+        "them unchanged. `shared`: clients use batch statistics and upload the new running "
+        "statistics (they leak: the attack sees them). `private`: batch statistics, and the "
+        "running statistics stay at the client.",
+    )
+
+
+class AuditTable(_Table):
+    """``[audit]``: how the auditor judges."""
+
+    criterion: str = Field(
+        "psnr>=20", description="What counts as leaked, on psnr, ssim, mse, lpips, joined by and."
+    )
+    baseline: bool = Field(
+        False, description="Also run without attack and defenses: what did they cost in accuracy?"
+    )
+
+
+class OutputTable(_Table):
+    """``[output]``: where the run folder goes."""
+
+    dir: str = Field(
+        "runs",
+        description="Relative: to the caller's folder for `fedsim`, to `$FEDSIM_HOME` (default "
+        "`~/fedsim`) for plain `flwr run`.",
+    )
+
+
+class Scenario(_Table):
+    """One run, whole."""
+
+    title: str = Field("untitled", description="For the report.")
+    threat_model: Literal["A", "B", "C", "D", "E", "F", "G", "H"] = Field(
+        "B", description="The SoK's letter: what the attack may know and do."
+    )
+    attack: str = Field("none", description="Attack expression; `none` for an honest server.")
+    oracles: str = Field(
+        "none", description="What the attack may know beyond any threat model: `labels`."
+    )
+    defenses: str = Field("none", description="Defense expressions, joined by ` | `.")
+    channel: str = Field("plain", description="What reaches the server: `plain`, `secagg(...)`.")
+    seed: int = Field(7, ge=0, description="The public seed.")
+    federation: FederationTable = FederationTable.model_construct()
+    data: DataTable = DataTable.model_construct()
+    model: ModelTable = ModelTable.model_construct()
+    audit: AuditTable = AuditTable.model_construct()
+    output: OutputTable = OutputTable.model_construct()
+
+    @classmethod
+    def load(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> "Scenario":
+        """Read a scenario file; ``overrides`` maps dotted keys to values.
+
+        Raises
+        ------
+        ScenarioError
+            Naming the key, the value and what would be right.
+        """
+        try:
+            content = tomllib.loads(path.read_text())
+        except FileNotFoundError:
+            raise ScenarioError("scenario", str(path), "no such file") from None
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ScenarioError("scenario", str(path), f"not readable as TOML: {error}") from None
+        return cls.from_flat({**_flatten(content), **(overrides or {})})
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Any]) -> "Scenario":
+        """Build from dotted keys, as Flower's ``context.run_config`` has them.
+
+        Raises
+        ------
+        ScenarioError
+            Naming the key, the value and what would be right.
+        """
+        nested: dict[str, Any] = {}
+        for key, value in flat.items():
+            table, _, name = key.rpartition(".")
+            target = nested.setdefault(table, {}) if table else nested
+            if not isinstance(target, dict):
+                raise ScenarioError(key, value, f"{table} is not a table")
+            target[name] = value
+        try:
+            return cls.model_validate(nested)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            raise ScenarioError(key, first["input"], _remedy(cls, key, first)) from None
+
+    def flat(self) -> dict[str, Any]:
+        """Return dotted keys and values, every key of the scenario."""
+        return _flatten(self.model_dump(by_alias=True))
+
+    def to_toml(self) -> str:
+        """Return the resolved scenario as a TOML file."""
+        return tomli_w.dumps(self.model_dump(by_alias=True))
+
+    def with_changes(self, **flat: Any) -> "Scenario":
+        """Return a scenario with some dotted keys changed."""
+        return Scenario.from_flat({**self.flat(), **flat})
+
+
+def _flatten(content: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            flat.update({f"{key}.{name}": inner for name, inner in value.items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def known_keys() -> list[str]:
+    """Return every key a scenario may hold, dotted."""
+    return list(Scenario.from_flat({}).flat())
+
+
+def _remedy(cls: type[Scenario], key: str, error: Any) -> str:
+    if error["type"] == "extra_forbidden":
+        return f"there is no such key; {nearest(key, list(cls.from_flat({}).flat()))}"
+    return str(error["msg"])
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """Parse one ``key=value`` of the command line; the value is TOML (text may go unquoted).
+
+    Raises
+    ------
+    ScenarioError
+        If there is no ``=``.
+    """
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ScenarioError("override", text, "write key=value, for instance seed=3")
+    try:
+        return {key.strip(): tomllib.loads(f"value = {value}")["value"]}
+    except tomllib.TOMLDecodeError:
+        return {key.strip(): value.strip()}
+
+

@@ -1,0 +1,69 @@
+"""Replies on disk instead of in memory, read when a strategy asks for them.
+
+A round of 500 clients then costs the memory of one model, whatever Flower strategy aggregates.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+from numpy.typing import NDArray
+
+
+class LazyArray(Array):
+    """A Flower ``Array`` whose values are computed or read each time they are asked for."""
+
+    def __init__(
+        self, dtype: str, shape: tuple[int, ...], load: Callable[[], NDArray[np.generic]]
+    ) -> None:
+        self.__dict__.update(dtype=dtype, shape=shape, stype="numpy.ndarray", load=load)
+
+    def numpy(self) -> NDArray[np.generic]:
+        """Return the values."""
+        values: NDArray[np.generic] = self.__dict__["load"]()
+        return values
+
+    @property
+    def data(self) -> bytes:  # type: ignore[override]
+        """The bytes Flower would send."""
+        data: bytes = Array(self.numpy()).data
+        return data
+
+    @data.setter
+    def data(self, value: bytes) -> None:
+        raise AttributeError("a LazyArray is read-only")
+
+
+def lazily(array: Array, change: Callable[[NDArray[np.generic]], NDArray[np.generic]]) -> LazyArray:
+    """Return ``change(array)``, computed when asked for; shape and type must stay."""
+    return LazyArray(array.dtype, tuple(array.shape), lambda: change(array.numpy()))
+
+
+def spooled(arrays: ArrayRecord, path: Path) -> ArrayRecord:
+    """Move the bytes of a record into one file and return a record that reads them back.
+
+    Raises
+    ------
+    OSError
+        If the disk is full.
+    """
+    record, offset = ArrayRecord(), 0
+    with path.open("wb") as file:
+        for name, array in arrays.items():
+            size = file.write(array.data)
+            record[name] = LazyArray(
+                array.dtype, tuple(array.shape), _reader(path, offset)
+            )
+            offset += size
+    return record
+
+
+def _reader(path: Path, start: int) -> Callable[[], NDArray[np.generic]]:
+    def load() -> NDArray[np.generic]:
+        with path.open("rb") as file:
+            file.seek(start)
+            values: NDArray[np.generic] = np.load(file, allow_pickle=False)
+            return values
+
+    return load

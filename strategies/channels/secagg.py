@@ -1,0 +1,256 @@
+"""Secure aggregation: the server gets one sum a round, and nothing of any single client.
+
+The protocol is Flower's own SecAgg+ (Bell et al., CCS 2020; on Bonawitz et al., CCS 2017), real
+keys, shares and masks.  Flower drives it through its older workflow; here it becomes a
+:class:`~flwr.serverapp.Grid` that answers a round of training with one message, so that any
+strategy can sit behind it, and a client mod that translates between the two.
+
+It protects against an honest-but-curious server only: Flower's client does not check that the
+lists of living and dropped clients are disjoint, keys are not authenticated, and masks come from
+a 32-bit seed.  Arrays are multiplied by ``num_examples / max_weight``, clipped to
+``[-clipping_range, clipping_range]`` and rounded stochastically to ``quantization_range`` steps.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import numpy as np
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.client.mod import secaggplus_mod
+from flwr.clientapp.typing import ClientAppCallable
+from flwr.common import Code, FitIns, FitRes, Parameters, Status, parameters_to_ndarrays
+from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS
+from flwr.compat.common import recorddict_compat
+from flwr.server import LegacyContext
+from flwr.server.strategy import FedAvg as LegacyFedAvg
+from flwr.server.workflow import SecAggPlusWorkflow
+from flwr.serverapp import Grid
+from pydantic import Field
+
+from fedsim.channel import Channel
+from fedsim.models import is_buffer
+from fedsim.population import client_of
+from fedsim.registry import register
+
+LARGEST_SUM = 2**32  # Flower's modulus: quantized sums above it wrap around
+
+
+@register("channel", "secagg")
+@dataclass(frozen=True, kw_only=True)
+class SecAgg(Channel):
+    """Flower's SecAgg+.
+
+    Parameters
+    ----------
+    threshold : float
+        Share of the secret shares that reconstructs a dropped client's key.
+    num_shares : float
+        Share of the cohort that holds each client's key.
+    max_weight : float
+        Largest number of examples a client may weigh; a client with ``n`` examples keeps a
+        precision of ``2 * clipping_range / quantization_range * max_weight / n``.
+    clipping_range : float
+        Weighted values are clipped to plus or minus this.
+    quantization_range : int
+        Number of steps between the two.
+    """
+
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.6
+    num_shares: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_weight: Annotated[float, Field(gt=0)] = 1000.0
+    clipping_range: Annotated[float, Field(gt=0)] = 8.0
+    quantization_range: Annotated[int, Field(ge=2)] = 2**22
+
+    aggregates = True
+
+    def check(self, clients: int) -> None:
+        """Refuse cohorts for which the protocol hides nothing, or whose sum would wrap around."""
+        if clients < 2:
+            raise ValueError(
+                f"a cohort of {clients} has nothing to hide in; let at least 2 clients train"
+            )
+        if clients * self.quantization_range > LARGEST_SUM:
+            most = LARGEST_SUM // self.quantization_range
+            raise ValueError(
+                f"the sum of {clients} clients would overflow; at most {most} clients, or a "
+                f"quantization_range of at most {LARGEST_SUM // clients}"
+            )
+
+    def grid(self, inner: Grid, context: Context, timeout: float) -> Grid:
+        """Return a grid that runs the protocol for training messages."""
+        return SecAggGrid(inner, context, self, timeout)
+
+    def client(self, msg: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        """Answer the protocol's stages; train only in the one that asks for it."""
+        return secaggplus_mod(
+            msg, context, lambda m, c: _train_in_old_form(m, c, call_next, self.max_weight)
+        )
+
+    def figures(self) -> dict[str, Any]:
+        """Return the protocol's constants."""
+        return {
+            "clipping_range": self.clipping_range,
+            "quantization_step": 2 * self.clipping_range / self.quantization_range,
+            "max_weight": self.max_weight,
+        }
+
+
+def _train_in_old_form(
+    msg: Message, context: Context, call_next: ClientAppCallable, max_weight: float
+) -> Message:
+    """Hide the protocol's record from the app, and answer as Flower's mod expects."""
+    hidden = msg.content.pop(RECORD_KEY_CONFIGS)
+    reply = call_next(msg, context)
+    msg.content[RECORD_KEY_CONFIGS] = hidden
+    if reply.has_error():
+        raise RuntimeError(reply.error.reason)
+    num_examples = int(reply.content["metrics"]["num-examples"])
+    if num_examples > max_weight:
+        raise RuntimeError(
+            f"{num_examples} examples are more than secagg(max_weight={max_weight:g}) can weigh"
+        )
+    result = FitRes(
+        status=Status(Code.OK, ""),
+        parameters=recorddict_compat.arrayrecord_to_parameters(
+            reply.content["arrays"], keep_input=True
+        ),
+        num_examples=num_examples,
+        metrics={},  # Flower carries these in the clear
+    )
+    return Message(recorddict_compat.fitres_to_recorddict(result, keep_input=False), reply_to=msg)
+
+
+@dataclass
+class _Proxy:
+    node_id: int
+
+
+class _Cohort(LegacyFedAvg):  # type: ignore[misc]
+    """The protocol's own strategy: these nodes, and keep what comes out."""
+
+    def __init__(self, node_ids: list[int]) -> None:
+        super().__init__()
+        self.node_ids = node_ids
+        self.results: list[tuple[Any, FitRes]] = []
+
+    def configure_fit(self, *_: Any) -> list[tuple[_Proxy, FitIns]]:
+        return [(_Proxy(node), FitIns(Parameters([], ""), {})) for node in self.node_ids]
+
+    def aggregate_fit(self, _: int, results: Any, failures: Any) -> tuple[None, dict[str, Any]]:
+        self.results = results
+        return None, {}
+
+
+class _Workflow(SecAggPlusWorkflow):  # type: ignore[misc]
+    """SecAgg+ whose third stage carries the strategy's own messages."""
+
+    def __init__(self, contents: dict[int, RecordDict], **settings: Any) -> None:
+        super().__init__(**settings)
+        self.contents = contents
+
+    def setup_stage(self, grid: Grid, context: LegacyContext, state: Any) -> bool:
+        enough: bool = super().setup_stage(grid, context, state)
+        state.nid_to_fitins = self.contents
+        return enough
+
+
+@dataclass
+class SecAggGrid(Grid):
+    """Answers a round of training with one message: the weighted mean of all uploads."""
+
+    inner: Grid
+    context: Context
+    settings: SecAgg
+    timeout: float
+    rounds: int = field(default=0)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Run the four stages for training messages; pass anything else on."""
+        messages = list(messages)
+        if not messages or messages[0].metadata.message_type != MessageType.TRAIN:
+            return self.inner.send_and_receive(messages, timeout=timeout)
+        self.rounds += 1
+        cohort = _Cohort([m.metadata.dst_node_id for m in messages])
+        # A RecordDict for each node: the third stage writes each node's ciphertexts into it.
+        contents = {m.metadata.dst_node_id: RecordDict(dict(m.content)) for m in messages}
+        workflow = _Workflow(
+            contents,
+            num_shares=self.settings.num_shares,
+            reconstruction_threshold=self.settings.threshold,
+            max_weight=self.settings.max_weight,
+            clipping_range=self.settings.clipping_range,
+            quantization_range=self.settings.quantization_range,
+            timeout=self.timeout if timeout is None else timeout,
+        )
+        config = ConfigRecord({"current_round": self.rounds})
+        state = RecordDict({"config": config, "parameters": ArrayRecord()})
+        plain = Context(self.context.run_id, self.context.node_id, {}, state, {})
+        workflow(self.inner, LegacyContext(plain, strategy=cohort))
+        if not cohort.results:
+            return []
+        return [self._aggregate(messages[0], cohort)]
+
+    def _aggregate(self, asked: Message, cohort: _Cohort) -> Message:
+        arrays = parameters_to_ndarrays(cohort.results[0][1].parameters)
+        names = list(asked.content["arrays"])
+        if len(arrays) < len(names):  # clients keep their BatchNorm statistics to themselves
+            names = [name for name in names if not is_buffer(name)]
+        total = sum(result.num_examples for _, result in cohort.results)
+        senders = sorted(client_of(proxy.node_id) for proxy, _ in cohort.results)
+        content = RecordDict(
+            {
+                "arrays": ArrayRecord(
+                    {
+                        name: Array(np.asarray(array))
+                        for name, array in zip(names, arrays, strict=True)
+                    }
+                ),
+                "metrics": MetricRecord({"num-examples": total}),
+                "senders": ConfigRecord({"clients": senders}),
+            }
+        )
+        return Message(content, reply_to=asked)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Pass on."""
+        return self.inner.get_node_ids()
+
+    def set_run(self, run: Any) -> None:
+        """Pass on."""
+        self.inner.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        """The run of the grid inside."""
+        return self.inner.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Pass on."""
+        return self.inner.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Refuse: a single push would bypass the protocol."""
+        raise RuntimeError("behind secure aggregation use send_and_receive")
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Refuse: a single pull would bypass the protocol."""
+        raise RuntimeError("behind secure aggregation use send_and_receive")

@@ -1,0 +1,172 @@
+"""What a server is besides honest: wrappers around any Flower strategy.
+
+``Eavesdropper(FedAvg(...))`` keeps what each reply told it; ``Manipulator(FedAdam(...), attack)``
+also decides what clients receive.  The federation's own learning goes on inside.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedsim.attack import Attack, Manipulation, ModelToSend
+from fedsim.federation import Wrapper
+from fedsim.population import client_of, node_of
+from fedsim.registry import register
+from fedsim.threat import Capability, Knowledge
+from fedsim.view import ServerView, save_view
+
+Seal = Callable[..., Any]
+
+
+@register("role", "eavesdropper")
+class Eavesdropper(Wrapper):
+    """Aggregates honestly, and saves a :class:`ServerView` of every reply.
+
+    Parameters
+    ----------
+    inner : Strategy
+        Any Flower strategy.
+    folder : Path
+        Where views are saved.
+    kind : {"gradient", "weights"}
+        What clients upload.
+    """
+
+    def __init__(self, inner: Strategy, folder: Path, kind: str) -> None:
+        super().__init__(inner)
+        self.folder, self.kind = folder, kind
+        self.receipts: list[str] = []
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Remember what each client was sent."""
+        messages = list(super().configure_train(server_round, arrays, config, grid))
+        self.sent = {message.metadata.dst_node_id: message.content for message in messages}
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Save a view of every reply, then pass them on."""
+        replies = list(replies)
+        for reply in replies:
+            save_view(self.folder, self.view(server_round, reply))
+        self.receipts.append(f"read {len(replies)} replies in round {server_round}")
+        return super().aggregate_train(server_round, replies)
+
+    def view(self, server_round: int, reply: Message) -> ServerView:
+        """Return everything this server holds of one reply."""
+        node = reply.metadata.src_node_id
+        sent = self.sent[node]
+        metrics = dict(reply.content["metrics"])
+        num_examples = metrics.pop("num-examples")
+        senders = reply.content.config_records.get("senders")
+        return ServerView(
+            round=server_round,
+            senders=tuple(senders["clients"]) if senders else (client_of(node),),
+            model=str(sent["config"]["model"]),
+            sent=tensors(sent["arrays"]),
+            received=tensors(reply.content["arrays"]),
+            kind="gradient" if self.kind == "gradient" else "weights",
+            num_examples=int(num_examples),
+            metrics={name: float(value) for name, value in metrics.items()},
+        )
+
+
+@register("role", "manipulator")
+class Manipulator(Eavesdropper):
+    """An eavesdropper that also decides which model each client receives.
+
+    Parameters
+    ----------
+    attack : Manipulation
+        Crafts the model.
+    knowledge : Knowledge
+        What the attack may know.
+    seal : callable
+        ``seal(function, *args)`` runs attack code out of reach of what it must not see.
+    """
+
+    def __init__(
+        self,
+        inner: Strategy,
+        folder: Path,
+        kind: str,
+        attack: Attack,
+        knowledge: Knowledge,
+        seal: Seal,
+    ) -> None:
+        super().__init__(inner, folder, kind)
+        if not isinstance(attack, Manipulation):
+            raise TypeError(f"{attack.name} is passive: it sends no model of its own")
+        self.attack, self.knowledge, self.seal = attack, knowledge, seal
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Send every client the model that the attack crafted for it."""
+        messages = list(self.inner.configure_train(server_round, arrays, config, grid))
+        if not messages:
+            return messages
+        self.honest = ArrayRecord(dict(arrays.items()))
+        honest = str(config["model"])
+        self.crafted = self.seal(self.attack.craft, honest, tensors(arrays), self.knowledge)
+        messages = self._selected(messages, server_round, grid)
+        records: dict[int, tuple[ModelToSend, ArrayRecord]] = {}
+        for message in messages:
+            client = client_of(message.metadata.dst_node_id)
+            model = self.seal(self.attack.tailor, self.crafted, client, server_round)
+            _, record = records.setdefault(id(model), (model, arrays_of(model)))
+            changed = ConfigRecord({**message.content["config"], "model": model.expression})
+            message.content = RecordDict({"arrays": record, "config": changed})
+        self.sent = {message.metadata.dst_node_id: message.content for message in messages}
+        self.receipts.append(
+            f"sent a modified model to {len(messages)}/{len(messages)} clients "
+            f"in round {server_round}"
+        )
+        return messages
+
+    def _selected(
+        self, messages: list[Message], server_round: int, grid: Grid
+    ) -> list[Message]:
+        if Capability.SELECTION not in self.attack.needs:
+            return messages
+        available = [client_of(node) for node in grid.get_node_ids()]
+        return [
+            Message(messages[0].content, node_of(client), messages[0].metadata.message_type)
+            for client in self.seal(self.attack.select, available, server_round)
+        ]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Save the views, and give the inner strategy what belongs to its own model."""
+        replies = list(replies)
+        for reply in replies:
+            save_view(self.folder, self.view(server_round, reply))
+        own = [self._own(reply) for reply in replies]
+        return self.inner.aggregate_train(server_round, own)
+
+    def _own(self, reply: Message) -> Message:
+        received, prefix = reply.content["arrays"], self.crafted.prefix
+        arrays = ArrayRecord(
+            {name: received[prefix + name] for name in self.honest if prefix + name in received}
+        )
+        content = RecordDict({"arrays": arrays, "metrics": reply.content["metrics"]})
+        return Message(content, metadata=reply.metadata)
+
+
+def tensors(arrays: ArrayRecord) -> dict[str, torch.Tensor]:
+    """Return a record's arrays as tensors."""
+    return {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()}
+
+
+def arrays_of(model: ModelToSend) -> ArrayRecord:
+    """Return a crafted model's tensors as a record."""
+    return ArrayRecord({name: Array(tensor) for name, tensor in model.arrays.items()})
