@@ -11,14 +11,14 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from torch import nn
 
 from fedsim import seeds
 from fedsim.audit.vault import VaultRecord, deposit
-from fedsim.data import Split, load_dataset
+from fedsim.data import DataSpec, Split, load_dataset
 from fedsim.defense import ClientContext, Defense, Tensors
 from fedsim.local import LocalData, Trained
 from fedsim.models import build_model, load_arrays, uploaded_names
@@ -118,7 +118,7 @@ def _respond(
     config = msg.content["config"]
     server_round = int(config["server-round"])
     torch.set_num_threads(parts.scenario.federation.threads or os.cpu_count() or 1)
-    model = _received_model(parts, str(config["model"]), msg.content["arrays"])
+    model = _received_model(parts, config, msg.content["arrays"])
     split = _own_data(parts, context)
     data = LocalData(split, parts.device, parts.dtype)
     ctx = _defense_context(parts, context, server_round, len(data))
@@ -149,19 +149,19 @@ def _respond(
 
 
 @lru_cache(maxsize=2)
-def _empty_model(expression: str, dataset: str, precision: str, device: str) -> nn.Module:
-    spec = load_dataset(dataset).spec
+def _empty_model(expression: str, spec: DataSpec, precision: str, device: str) -> nn.Module:
     return build_model(expression, spec).to(getattr(torch, precision)).to(torch.device(device))
 
 
-def _received_model(parts: Parts, expression: str, arrays: ArrayRecord) -> nn.Module:
+def _received_model(parts: Parts, config: ConfigRecord, arrays: ArrayRecord) -> nn.Module:
     """Load what was received into this worker's one model, in place."""
-    scenario = parts.scenario
-    model = _empty_model(
-        expression, scenario.data.dataset, scenario.federation.precision, str(parts.device)
+    spec = DataSpec(
+        tuple(config["shape"]), config["num_classes"], tuple(config["mean"]), tuple(config["std"])
     )
+    precision = parts.scenario.federation.precision
+    model = _empty_model(str(config["model"]), spec, precision, str(parts.device))
     load_arrays(model, {name: array.numpy() for name, array in arrays.items()})
-    return model.train(scenario.model.batchnorm != "frozen")
+    return model.train(parts.scenario.model.batchnorm != "frozen")
 
 
 def _own_data(parts: Parts, context: Context) -> Split:

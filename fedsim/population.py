@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedsim.errors import RunFailed
@@ -210,7 +210,19 @@ class Population(Grid):
 
 
 def _bytes(content: RecordDict) -> int:
-    return sum(record.count_bytes() for record in content.values())
+    """Return what a message's values take up on the wire, without Flower's framing."""
+    total = 0
+    for record in content.values():
+        for value in record.values():
+            values = value if isinstance(value, list) else [value]
+            total += sum(_value_bytes(one) for one in values)
+    return total
+
+
+def _value_bytes(value: object) -> int:
+    if isinstance(value, Array):
+        return len(value.data)
+    return len(value) if isinstance(value, bytes | str) else 8
 
 
 def _addressed(content: RecordDict, client: int) -> RecordDict:

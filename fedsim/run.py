@@ -20,7 +20,7 @@ from fedsim import reconstructions, registry, report, seeds
 from fedsim.attack import Attack, Manipulation, Reconstruction
 from fedsim.audit.guard import run_sealed
 from fedsim.audit.vault import Vault
-from fedsim.data import Split, split_test
+from fedsim.data import DataSpec, Split, split_test
 from fedsim.errors import RunFailed
 from fedsim.federation import Applied, Refereed, build_strategy
 from fedsim.models import build_model, load_arrays, travelling
@@ -29,7 +29,7 @@ from fedsim.population import Ledger, Population
 from fedsim.progress import Progress
 from fedsim.run_folder import RunFolder, explain_os_error
 from fedsim.scenario import Scenario
-from fedsim.threat import Knowledge, Statistics
+from fedsim.threat import Capability, Knowledge, Statistics
 from fedsim.view import SavedViews, ServerView
 
 
@@ -56,10 +56,10 @@ def federate(parts: Parts, grid: Grid, context: Context, folder: RunFolder) -> N
     """Train; the server in its role saves what it sees; ``federation.json`` says what happened."""
     scenario, started = parts.scenario, time.perf_counter()
     ledger = Ledger()
-    role, receipts = _server(parts, folder)
+    role, receipts, knowledge = _server(parts, folder)
     channel = parts.channel
     population = _population(parts, grid, ledger, folder)
-    told = partial(_federation_facts, parts, ledger, receipts, started)
+    told = partial(_federation_facts, parts, ledger, receipts, knowledge, started)
     accuracy = _train(
         parts, role, population, channel.grid(population, context, scenario.federation.timeout),
         on_round=lambda r, s: (folder.event("round", round=r, seconds=s),
@@ -71,14 +71,14 @@ def federate(parts: Parts, grid: Grid, context: Context, folder: RunFolder) -> N
     folder.event("federated", rounds=len(ledger.round_seconds))
 
 
-def _server(parts: Parts, folder: RunFolder) -> tuple[Any, list[str]]:
-    """Build the strategy in its role."""
+def _server(parts: Parts, folder: RunFolder) -> tuple[Any, list[str], Knowledge | None]:
+    """Build the strategy in its role; what the role writes down, and what it may know."""
     scenario = parts.scenario
     lr = parts.local.lr if parts.local.kind == "gradient" else None
     inner = build_strategy(scenario.federation.strategy, scenario.federation.fraction)
     applied = Applied(inner, lr)
     if parts.attack is None:
-        return applied, []
+        return applied, [], None
     views, kind = folder.path / "views", parts.local.kind
     if isinstance(parts.attack, Manipulation):
         seal = partial(run_sealed, paths=folder.sealed_paths())
@@ -86,9 +86,9 @@ def _server(parts: Parts, folder: RunFolder) -> tuple[Any, list[str]]:
         role = registry.components("role")["manipulator"](
             applied, views, kind, parts.attack, knowledge, seal
         )
-    else:
-        role = registry.components("role")["eavesdropper"](applied, views, kind)
-    return role, role.receipts
+        return role, role.receipts, knowledge
+    role = registry.components("role")["eavesdropper"](applied, views, kind)
+    return role, role.receipts, None
 
 
 def _population(parts: Parts, grid: Grid, ledger: Ledger, folder: RunFolder) -> Population:
@@ -124,13 +124,18 @@ def _train(
         initial_arrays=ArrayRecord(travelling(parts.model())),
         num_rounds=rounds,
         timeout=scenario.federation.timeout,
-        train_config=ConfigRecord({"model": scenario.model.name}),
+        train_config=ConfigRecord({"model": scenario.model.name, **_told(parts.spec)}),
         evaluate_fn=evaluate,
     )
     if not refereed.rounds_aggregated:
         reasons = sorted({str(f["reason"]) for f in population.ledger.failures})
         raise RunFailed(f"no round had a usable reply: {'; '.join(reasons) or 'no reply at all'}")
     return {"before": measured.get(0), "after": measured.get(rounds), "baseline_after": None}
+
+
+def _told(spec: DataSpec) -> dict[str, Any]:
+    """Return the task's public facts as a message carries them."""
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in vars(spec).items()}
 
 
 def _baseline(parts: Parts, grid: Grid, folder: RunFolder) -> float | None:
@@ -164,6 +169,7 @@ def _federation_facts(
     parts: Parts,
     ledger: Ledger,
     receipts: list[str],
+    knowledge: Knowledge | None,
     started: float,
     accuracy: dict[str, float | None] | None,
 ) -> dict[str, Any]:
@@ -179,6 +185,7 @@ def _federation_facts(
         "bytes_down": ledger.bytes_down,
         "accuracy": accuracy or {"before": None, "after": None, "baseline_after": None},
         "receipts": receipts,
+        "used": sorted(capability.value for capability in knowledge.used) if knowledge else [],
         "channel": {"name": parts.channel.name, **parts.channel.figures()},
         "defenses_expected": [
             {"name": d.name, "must_change": d.changes_upload} for d in parts.defenses
@@ -240,7 +247,7 @@ def reconstruct(parts: Parts, attack: Attack, folder: RunFolder) -> Path:
         name=attack.name,
         paper=f"{attack.paper.authors}: {attack.paper.title}, {attack.paper.venue} "
         f"{attack.paper.year}",
-        used=tuple(sorted(capability.value for capability in knowledge.used)),
+        used=tuple(sorted({c.value for c in knowledge.used} | _used_in_crafting(attack, folder))),
         oracles=tuple(sorted(knowledge.oracles_used)),
         view_labels=tuple(fact["label"] for fact in facts),
         senders=tuple(tuple(fact["senders"]) for fact in facts),
@@ -251,6 +258,13 @@ def reconstruct(parts: Parts, attack: Attack, folder: RunFolder) -> Path:
     )
     folder.event("reconstructed", attack=parts.scenario.attack, seconds=seconds)
     return path
+
+
+def _used_in_crafting(attack: Attack, folder: RunFolder) -> set[str]:
+    if not isinstance(attack, Manipulation):
+        return set()
+    used = set(json.loads((folder.path / "federation.json").read_text()).get("used", []))
+    return used | {Capability.MANIPULATION.value}
 
 
 def _knowledge(

@@ -36,7 +36,7 @@ class RunFolder:
         folder = cls(parent / name)
         folder.path.mkdir(parents=True)
         folder.path.joinpath("vault").mkdir(mode=0o700)
-        write_atomically(folder.path / "scenario.toml", scenario.to_toml())
+        folder.write_scenario(scenario)
         write_json(folder.path / "environment.json", _environment(scenario, run_id, engine, command))
         link = parent / f".latest-{os.getpid()}"
         link.unlink(missing_ok=True)
@@ -57,6 +57,10 @@ class RunFolder:
         if not (path / "scenario.toml").is_file():
             raise ScenarioError("run", str(path), "not a run folder: it holds no scenario.toml")
         return cls(path.resolve())
+
+    def write_scenario(self, scenario: Scenario) -> None:
+        """Replace the resolved scenario (another attack on the same views)."""
+        write_atomically(self.path / "scenario.toml", scenario.to_toml())
 
     @property
     def scenario(self) -> Scenario:
