@@ -98,7 +98,7 @@ def run_sealed(function: Callable[..., T], *args: Any, paths: Sequence[Path] = (
         except BaseException as error:
             raised.append(error)
 
-    thread = threading.Thread(target=inside, name="sealed")
+    thread = threading.Thread(target=inside, name="sealed", daemon=True)
     thread.start()
     thread.join()
     if raised:

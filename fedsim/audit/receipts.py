@@ -1,0 +1,141 @@
+"""What really happened, and which runs must therefore not be believed."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fedsim.attack import Manipulation, Reconstruction
+from fedsim.audit.schema import DefensePart, DefenseReceipts, Detection, Epsilon
+from fedsim.audit.vault import VaultRecord
+from fedsim.reconstructions import Facts
+from fedsim.registry import components
+
+_FIXED = {"name", "parameters", "changed", "cosine", "norm_ratio", "seconds"}
+_SENT = re.compile(r"sent a modified model to ([1-9]\d*)/")
+
+
+def defense_parts(
+    records: Iterable[VaultRecord], federation: Mapping[str, Any]
+) -> list[DefensePart]:
+    """Sum up the clients' receipts, one part for each defense in the order of the chain."""
+    receipts: dict[str, list[Mapping[str, Any]]] = {}
+    for expected in federation.get("defenses_expected") or []:
+        receipts[expected["name"]] = []
+    for record in records:
+        for receipt in record.receipts:
+            receipts.setdefault(receipt["name"], []).append(receipt)
+    promises = {p["name"]: p for p in federation.get("privacy") or []}
+    return [
+        DefensePart(
+            name=name,
+            parameters=dict(found[0].get("parameters") or {}) if found else {},
+            receipts=_sum_up(found) if found else None,
+            epsilon=_epsilon(promises[name]) if name in promises else None,
+        )
+        for name, found in receipts.items()
+    ]
+
+
+def _sum_up(receipts: Sequence[Mapping[str, Any]]) -> DefenseReceipts:
+    changed = sum(bool(r.get("changed")) for r in receipts)
+    others = dict.fromkeys(
+        key
+        for r in receipts
+        for key, value in r.items()
+        if key not in _FIXED and isinstance(value, int | float)
+    )
+    figures = {key: _mean(receipts, key) for key in others}
+    return DefenseReceipts(
+        uploads_changed=f"{changed}/{len(receipts)}",
+        cosine=_mean(receipts, "cosine"),
+        norm_ratio=_mean(receipts, "norm_ratio"),
+        seconds=_mean(receipts, "seconds"),
+        figures={key: mean for key, mean in figures.items() if mean is not None},
+    )
+
+
+def _mean(receipts: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    found = [finite for r in receipts if (finite := finite_or_none(r.get(key))) is not None]
+    return sum(found) / len(found) if found else None
+
+
+def _epsilon(promise: Mapping[str, Any]) -> Epsilon:
+    return Epsilon(
+        epsilon=finite_or_none(promise.get("epsilon")),
+        delta=finite_or_none(promise.get("delta")),
+        unit=promise.get("unit") or "",
+        relation=promise.get("relation") or "",
+        mechanism=promise.get("mechanism") or "",
+    )
+
+
+def finite_or_none(value: Any) -> float | None:
+    """Return a finite float, or None for anything else (JSON has no infinity)."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if abs(number) < float("inf") else None
+
+
+def detections(records: Iterable[VaultRecord], federation: Mapping[str, Any]) -> list[Detection]:
+    """Return what clients thought of the models they were sent, as reported or as deposited."""
+    reported = federation.get("detection") or []
+    if not reported:
+        reported = [
+            {
+                "client": r.client,
+                "round": r.round,
+                "checks": r.checks,
+                "verdict": f"refused: {r.refused}" if r.refused else "accepted",
+            }
+            for r in records
+            if r.checks or r.refused
+        ]
+    return [
+        Detection(
+            client=found["client"],
+            round=found["round"],
+            checks={
+                name: finite
+                for name, value in (found.get("checks") or {}).items()
+                if (finite := finite_or_none(value)) is not None
+            },
+            verdict=str(found.get("verdict") or ""),
+        )
+        for found in reported
+    ]
+
+
+def idle_defense(parts: Sequence[DefensePart], federation: Mapping[str, Any]) -> str | None:
+    """Say which defense was switched on, should have changed uploads, and changed none."""
+    by_name = {part.name: part for part in parts}
+    for expected in federation.get("defenses_expected") or []:
+        part = by_name[expected["name"]]
+        if not expected.get("must_change"):
+            continue
+        if part.receipts is None:
+            return f"defense {part.name!r} is switched on and left no receipt: it never ran"
+        if part.receipts.uploads_changed.startswith("0/"):
+            changed = part.receipts.uploads_changed
+            return f"defense {part.name!r} is switched on and changed {changed} uploads"
+    return None
+
+
+def idle_attack(
+    name: str, saved: tuple[Reconstruction, Facts] | None, federation: Mapping[str, Any]
+) -> str | None:
+    """Say in what way an attack that was switched on did nothing."""
+    kind = components("attack").get(name)
+    manipulates = isinstance(kind, type) and issubclass(kind, Manipulation)
+    receipts = federation.get("receipts") or []
+    if manipulates and not any(_SENT.search(receipt) for receipt in receipts):
+        return f"attack {name!r} manipulates the model, yet no client was sent a modified one"
+    if saved is None:
+        return f"attack {name!r} left no reconstruction"
+    reconstruction, facts = saved
+    if not facts.used:
+        return f"attack {name!r} used nothing: it read no view"
+    if len(reconstruction.examples) == 0:
+        return f"attack {name!r} returned no candidate"
+    return None

@@ -1,0 +1,219 @@
+"""``report.json``: what a run proved, as data.
+
+Versioned by ``schema``.  Every float is finite; where there is no figure there is null and, beside
+it, a reason.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Summary(_Part):
+    """One metric over all matched images."""
+
+    mean: FiniteFloat
+    median: FiniteFloat
+    min: FiniteFloat
+    max: FiniteFloat
+
+
+class Guess(_Part):
+    """One way of guessing without the updates: its mean PSNR (dB) and leak rate."""
+
+    name: str
+    psnr: FiniteFloat
+    leak_rate: FiniteFloat
+
+
+class CurvePoint(_Part):
+    """Share of all private images that came back at this PSNR (dB) or better."""
+
+    psnr: FiniteFloat
+    leak_rate: FiniteFloat
+    floor: FiniteFloat | None = None
+
+
+class Floor(_Part):
+    """What an attacker gets who never looks at the updates: the best of ``guesses``."""
+
+    guess: str
+    leaked: int
+    leak_rate: FiniteFloat
+    psnr: Summary
+    ssim: Summary
+    mse: Summary
+    lpips: Summary | None = None
+    guesses: list[Guess]
+
+
+class Leak(_Part):
+    """How much came back.
+
+    ``private_examples`` images were behind the views, ``reconstructed`` candidates were returned,
+    ``matched`` images got a candidate, ``leaked`` of them meet ``criterion``; ``interval`` is the
+    95 % Wilson interval of ``leak_rate``.  Metrics are over matched images.
+    """
+
+    private_examples: int
+    reconstructed: int
+    matched: int
+    leaked: int
+    exact: int = Field(description="images within rounding of the original: MSE below 1e-10")
+    leak_rate: FiniteFloat
+    interval: tuple[FiniteFloat, FiniteFloat]
+    criterion: str
+    psnr_limit: FiniteFloat | None = Field(None, description="the criterion's PSNR (dB), if any")
+    psnr: Summary
+    ssim: Summary
+    mse: Summary
+    lpips: Summary | None = None
+    lpips_reason: str | None = None
+    label_accuracy: FiniteFloat | None = None
+    label_accuracy_reason: str | None = None
+    floor: Floor | None = None
+    floor_reason: str | None = None
+    curve: list[CurvePoint]
+
+
+class Example(_Part):
+    """One private image and the candidate matched to it, if any (``match`` is its position)."""
+
+    client: int
+    round: int
+    index: int
+    label: int
+    label_recovered: int | None = None
+    match: int | None = None
+    psnr: FiniteFloat | None = None
+    ssim: FiniteFloat | None = None
+    mse: FiniteFloat | None = None
+    lpips: FiniteFloat | None = None
+    leaked: bool = False
+
+
+class ThreatModel(_Part):
+    """Which adversary this was; ``used`` and ``oracles`` are what the attack really asked for."""
+
+    letter: str
+    name: str
+    granted: list[str]
+    used: list[str]
+    oracles: list[str]
+
+
+class Failure(_Part):
+    """A client that did not answer as it should have."""
+
+    round: int | None = None
+    client: int | None = None
+    reason: str
+
+
+class Accuracy(_Part):
+    """Share of held-out images classified right; ``baseline_after`` without attack and defenses."""
+
+    before: FiniteFloat | None = None
+    after: FiniteFloat | None = None
+    baseline_after: FiniteFloat | None = None
+
+
+class FederationPart(_Part):
+    """What the federation did and what it cost; null where a figure was never taken."""
+
+    engine: str | None = None
+    clients: int | None = None
+    rounds: int | None = None
+    rounds_done: int | None = None
+    seconds: FiniteFloat | None = None
+    round_seconds: list[FiniteFloat] = []
+    failures: list[Failure] = []
+    bytes_up: int | None = None
+    bytes_down: int | None = None
+    accuracy: Accuracy = Accuracy()
+    receipts: list[str] = []
+    channel: dict[str, Any] = {}
+
+
+class AttackPart(_Part):
+    """Which attack, what it cost, and what it says it did."""
+
+    expression: str
+    name: str
+    paper: str
+    seconds: FiniteFloat
+    gradient_evaluations: int
+    parameters_added: int
+    bytes_added: int
+    receipts: list[str]
+    reconstruction: str = Field(description="the file under reconstructions/")
+    aggregated: bool = Field(description="the server saw sums over several clients only")
+
+
+class DefenseReceipts(_Part):
+    """What a defense really did to the uploads; means over the uploads it touched."""
+
+    uploads_changed: str
+    cosine: FiniteFloat | None = None
+    norm_ratio: FiniteFloat | None = None
+    seconds: FiniteFloat | None = None
+    figures: dict[str, FiniteFloat] = {}
+
+
+class Epsilon(_Part):
+    """A formal guarantee: ``epsilon`` is null where the mechanism gives none."""
+
+    epsilon: FiniteFloat | None = None
+    delta: FiniteFloat | None = None
+    unit: str = ""
+    relation: str = ""
+    mechanism: str = ""
+
+
+class DefensePart(_Part):
+    """One defense of the chain."""
+
+    name: str
+    parameters: dict[str, Any] = {}
+    receipts: DefenseReceipts | None = None
+    epsilon: Epsilon | None = None
+
+
+class Detection(_Part):
+    """What one client thought of the model it was sent."""
+
+    client: int
+    round: int
+    checks: dict[str, FiniteFloat] = {}
+    verdict: str = ""
+
+
+class Report(_Part):
+    """Everything the page shows; ``verdict`` is its first sentence.
+
+    ``failed`` says why the run must not be believed, ``stopped`` where it ended before its time,
+    ``notes`` what a reader should know before quoting a figure.
+    """
+
+    schema_: Literal["fedsim-report/1"] = Field(default="fedsim-report/1", alias="schema")
+    title: str
+    run: str
+    verdict: str
+    failed: str | None = None
+    stopped: str | None = None
+    notes: list[str] = []
+    scenario: dict[str, Any]
+    threat_model: ThreatModel
+    federation: FederationPart
+    attack: AttackPart | None = None
+    defenses: list[DefensePart] = []
+    detection: list[Detection] = []
+    leak: Leak | None = None
+    leak_reason: str | None = None
+    examples: list[Example] = []
+    classes: list[str] = []
+    environment: dict[str, Any] = {}

@@ -1,0 +1,66 @@
+"""The verdict in plain words: what a reader takes away who reads one paragraph."""
+
+from collections.abc import Sequence
+
+from fedsim.audit.criterion import Criterion
+from fedsim.audit.schema import Leak
+
+
+def verdict(
+    criterion: Criterion,
+    leak: Leak | None,
+    *,
+    reason: str | None = None,
+    oracles: Sequence[str] = (),
+    failed: str | None = None,
+    stopped: str | None = None,
+) -> str:
+    """Say how much came back, against what a guess gets, and what flatters the figure."""
+    sentences = []
+    if failed:
+        sentences.append(f"This run failed and its figures must not be believed: {failed}.")
+    if stopped:
+        sentences.append(f"This run is not whole: {stopped}.")
+    if leak is None:
+        sentences.append(f"There is nothing to judge: {reason}.")
+        return " ".join(sentences)
+    sentences.append(_came_back(leak, criterion))
+    if leak.floor is not None:
+        sentences.append(_against_floor(leak))
+    if oracles:
+        given = " and ".join(oracles)
+        sentences.append(
+            f"The attack was given the true {given} by an oracle, which no real server has."
+        )
+    return " ".join(sentences)
+
+
+def _came_back(leak: Leak, criterion: Criterion) -> str:
+    low, high = (round(100 * bound) for bound in leak.interval)
+    who = "None" if leak.leaked == 0 else f"{leak.leaked}"
+    if leak.leaked == leak.private_examples:
+        who = "All"
+    return (
+        f"{who} of {leak.private_examples} private images ({percent(leak.leak_rate)}, "
+        f"95 % interval {low}–{high} %) came back recognizably: {criterion.spoken()}."
+    )
+
+
+def _against_floor(leak: Leak) -> str:
+    assert leak.floor is not None
+    guess = percent(leak.floor.leak_rate)
+    if leak.leaked and leak.leak_rate <= leak.floor.leak_rate:
+        return (
+            f"A guess that never looks at the updates gets {guess}: "
+            "the attack shows no more than that."
+        )
+    return f"A guess that never looks at the updates gets {guess}."
+
+
+def percent(share: float) -> str:
+    """Say a share in percent; what is not quite none or not quite all never reads as such."""
+    if 0 < share < 0.005:
+        return "under 1 %"
+    if 0.995 <= share < 1:
+        return "over 99 %"
+    return f"{100 * share:.0f} %"
