@@ -1,13 +1,17 @@
 """The ``fedsim`` command: thin over the same code as ``flwr run``."""
 
+import logging
 import os
 import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from fedsim.scenario import Scenario
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -100,7 +104,58 @@ def report(
     print(write_report(run_folder))
 
 
-def _scenario(file: Path, overrides: list[str] | None):  # type: ignore[no-untyped-def]
+@app.command()
+def partition(
+    file: Annotated[Path, typer.Argument(help="A scenario file.")],
+    out: Annotated[Path, typer.Option(help="Folder for one .safetensors file a client.")],
+    overrides: Overrides = None,
+) -> None:
+    """Write each client's own data to a file, for SuperNodes that hold nothing else."""
+    from fedsim.data.tensors import save_tensors
+    from fedsim.parts import Parts, check_writable
+
+    parts = Parts(_scenario(file, overrides))
+    check_writable(out)
+    for client, indices in enumerate(parts.partitions):
+        path = out.absolute() / f"client-{client}.safetensors"
+        save_tensors(path, parts.dataset.train.subset(indices), parts.dataset.classes)
+        print(path)
+
+
+class Listed(StrEnum):
+    """What can be listed."""
+
+    ATTACKS = "attacks"
+    DEFENSES = "defenses"
+    DATASETS = "datasets"
+    MODELS = "models"
+    CHANNELS = "channels"
+    STRATEGIES = "strategies"
+    SCENARIOS = "scenarios"
+
+
+@app.command("list")
+def list_(
+    what: Annotated[Listed, typer.Argument(help="What to list.")],
+    containing: Annotated[str, typer.Argument(help="Only lines that contain this.")] = "",
+) -> None:
+    """List what there is: name, threat model where it has one, and what it is."""
+    from fedsim import catalog
+
+    for line in catalog.lines(what.value):
+        if containing.lower() in line.lower():
+            print(line)
+
+
+@app.command()
+def explain(name: Annotated[str, typer.Argument(help="A name from `fedsim list`.")]) -> None:
+    """Explain one method: paper, threat model, parameters, published and own figures."""
+    from fedsim import catalog
+
+    print(catalog.explain(name))
+
+
+def _scenario(file: Path, overrides: list[str] | None) -> "Scenario":
     """Read a scenario; a relative ``output.dir`` means the caller's folder."""
     from fedsim.scenario import Scenario, parse_override
 
@@ -115,6 +170,7 @@ def main() -> None:
     from fedsim.errors import NotGranted, RunFailed, ScenarioError
 
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    logging.getLogger("flwr").setLevel(logging.ERROR)  # the range tells its own progress
     try:
         app()
     except (ScenarioError, RunFailed, NotGranted) as error:
