@@ -3,7 +3,7 @@
 The hooks follow the order in which a client works; a chain ``a | b`` applies a's hook, then b's.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedsim.attack import Paper, ToyCase
 
+Place = Literal["gradient", "update"]
 Tensors = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor]
 
@@ -164,6 +165,37 @@ class Defense:
         """Change what is uploaded only: the gradient (FedSGD), or ``after - before`` (FedAvg)."""
         return update
 
-    def privacy(self, plan: TrainingPlan) -> Privacy | None:
-        """Return the formal guarantee for a whole run, where there is one."""
+    def norm_bound(self, at: Place, entering: float | None) -> float | None:
+        """Return what the L2 norm of what leaves ``transform_<at>`` cannot exceed.
+
+        ``entering`` bounds what enters it; None is no bound.  A defense that has the hook and does
+        not say otherwise voids the bound.
+        """
+        hook = "transform_" + at
+        return entering if getattr(type(self), hook) is getattr(Defense, hook) else None
+
+    def privacy(self, plan: TrainingPlan, entering: Mapping[Place, float | None]) -> Privacy | None:
+        """Return the formal guarantee for a whole run, where there is one.
+
+        ``entering`` bounds the L2 norm of what enters each hook of this defense.
+        """
         return None
+
+
+def guarantees(defenses: Sequence[Defense], plan: TrainingPlan) -> dict[str, Privacy]:
+    """Return the formal guarantees of a chain, by defense; each covers all that is uploaded.
+
+    A norm bound (clipping) holds until a later defense voids it.  FedSGD uploads the gradient it
+    trains on, so that the bound goes on from one hook to the other; FedAvg's update is many steps.
+    """
+    entering: dict[str, dict[Place, float | None]] = {d.name: {} for d in defenses}
+    bound: float | None = None
+    places: tuple[Place, ...] = ("gradient", "update")
+    for place in places:
+        if plan.kind == "weights":
+            bound = None
+        for defense in defenses:
+            entering[defense.name][place] = bound
+            bound = defense.norm_bound(place, bound)
+    found = {d.name: d.privacy(plan, entering[d.name]) for d in defenses}
+    return {name: privacy for name, privacy in found.items() if privacy is not None}
