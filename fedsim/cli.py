@@ -44,6 +44,7 @@ def run(
     else:
         from fedsim.engines.inline import run_inline
 
+        logging.getLogger("flwr").setLevel(logging.ERROR)  # the range tells its own progress
         page = run_inline(
             scenario, command, lambda path: print(f"run folder: {path}", flush=True)
         )
@@ -170,7 +171,6 @@ def main() -> None:
     from fedsim.errors import NotGranted, RunFailed, ScenarioError
 
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    logging.getLogger("flwr").setLevel(logging.ERROR)  # the range tells its own progress
     try:
         app()
     except (ScenarioError, RunFailed, NotGranted) as error:

@@ -1,14 +1,16 @@
 """Three engines, one answer: the same scenario gives the same views and figures everywhere."""
 
 import json
+import os
 import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
 import torch
-from e2e.conftest import ROOT, cluster, tool
 from safetensors.torch import load_file
+
+from tests.e2e.deployment import ROOT, cluster, tool
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -64,13 +66,14 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert figures(one) == figures(other)
 
 
-@pytest.fixture
-def inline_run(tmp_path: Path, fedsim_home: Path) -> Path:
-    out = tmp_path / "inline"
-    file = scenario_file(tmp_path, out)
+@pytest.fixture(scope="module")
+def inline_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inline")
+    out = folder / "runs"
     done = subprocess.run(
-        [tool("fedsim"), "run", str(file)], capture_output=True, text=True, cwd=tmp_path,
-        check=False,
+        [tool("fedsim"), "run", str(scenario_file(folder, out))],
+        env={**os.environ, "FEDSIM_HOME": str(folder / "home"), "FEDSIM_OFFLINE": "1"},
+        capture_output=True, text=True, cwd=folder, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     page = Path(done.stdout.splitlines()[-1])
@@ -79,7 +82,9 @@ def inline_run(tmp_path: Path, fedsim_home: Path) -> Path:
     return only_run(out)
 
 
-def test_simulation_gives_the_inline_answer(tmp_path: Path, inline_run: Path) -> None:
+def test_simulation_gives_the_inline_answer(
+    tmp_path: Path, inline_run: Path, fedsim_home: Path
+) -> None:
     out = tmp_path / "simulation"
     file = scenario_file(tmp_path, out)
     done = subprocess.run(
@@ -92,7 +97,7 @@ def test_simulation_gives_the_inline_answer(tmp_path: Path, inline_run: Path) ->
 
 
 def test_cluster_gives_the_inline_answer_once_the_auditor_has_the_vaults(
-    tmp_path: Path, fedsim_home: Path, inline_run: Path
+    tmp_path: Path, inline_run: Path, fedsim_home: Path
 ) -> None:
     folder, out = tmp_path / "cluster", tmp_path / "deployed"
     folder.mkdir()
@@ -105,7 +110,9 @@ def test_cluster_gives_the_inline_answer_once_the_auditor_has_the_vaults(
         status, details, log = running.run(file, seconds=400)
         assert status == "finished:completed", f"{details}\n{log[-4000:]}"
         run = only_run(out)
-        assert json.loads((run / "report.json").read_text())["leak"]["private_examples"] in (0, None)
+        report = json.loads((run / "report.json").read_text())
+        assert report["leak"] is None
+        assert "fedsim report RUN --vault DIR" in report["leak_reason"]
         vaults = [str(running.vault(node)) for node in range(3)]
     judged = subprocess.run(
         [tool("fedsim"), "report", str(run), *[a for v in vaults for a in ("--vault", v)]],
