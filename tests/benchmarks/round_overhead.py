@@ -1,0 +1,108 @@
+"""What a federated round costs over a plain PyTorch loop on the same batches.
+
+    python tests/benchmarks/round_overhead.py [--engine inline|simulation] [--model convnet]
+
+Prints seconds a round (median of the rounds after the first) and the ratio to a plain loop that
+takes the same steps for the same clients in the same process, without any federation around it.
+"""
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from fedsim.models import load_arrays, travelling
+from fedsim.parts import Parts
+from fedsim.scenario import Scenario
+
+CLIENTS, ROUNDS = 8, 6
+LOCAL = "fedavg(epochs=1, batch_size=32, lr=0.02)"
+
+
+def scenario(model: str, out: str) -> Scenario:
+    return Scenario.from_flat(
+        {
+            "title": "round overhead",
+            "federation.clients": CLIENTS,
+            "federation.rounds": ROUNDS,
+            "federation.local": LOCAL,
+            "model.name": model,
+            "output.dir": out,
+        }
+    )
+
+
+def plain_rounds(parts: Parts) -> list[float]:
+    """Train each client in turn from the same weights and average, with nothing else around."""
+    model = parts.model()
+    start = {name: tensor.clone() for name, tensor in travelling(model).items()}
+    seconds = []
+    for server_round in range(ROUNDS):
+        started = time.perf_counter()
+        total = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
+        for client, indices in enumerate(parts.partitions):
+            load_arrays(model, start)
+            split = parts.dataset.train.subset(indices)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+            order = torch.randperm(
+                len(split), generator=torch.Generator().manual_seed(server_round * 1000 + client)
+            )
+            for batch in order.split(32):
+                images, labels = split.batch(batch)
+                optimizer.zero_grad()
+                cross_entropy(model(images), labels).backward()
+                optimizer.step()
+            for name, tensor in travelling(model).items():
+                total[name] += tensor * (len(split) / len(parts.dataset.train))
+        start = total
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def federated_rounds(engine: str, model: str) -> list[float]:
+    """Run the scenario and return what the report says of its rounds."""
+    with tempfile.TemporaryDirectory() as out:
+        chosen = scenario(model, out)
+        if engine == "simulation":
+            from fedsim.engines.simulation import run_simulation
+
+            page = run_simulation(chosen, "benchmark")
+        else:
+            from fedsim.engines.inline import run_inline
+
+            logging.getLogger("flwr").setLevel(logging.ERROR)
+            page = run_inline(chosen, "benchmark")
+        report = json.loads((Path(page).parent / "report.json").read_text())
+    seconds: list[float] = report["federation"]["round_seconds"]
+    return seconds
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    arguments.add_argument("--engine", choices=("inline", "simulation"), default="inline")
+    arguments.add_argument("--model", default="convnet")
+    chosen = arguments.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
+    parts = Parts(scenario(chosen.model, "runs"))
+    # In turn: plain, federated, plain; so that a machine that slows down slows both.
+    before = plain_rounds(parts)
+    federated = federated_rounds(chosen.engine, chosen.model)
+    after = plain_rounds(parts)
+    plain = statistics.median([*before[1:], *after[1:]])
+    round_seconds = statistics.median(federated[1:])
+    print(f"{chosen.model}, {CLIENTS} clients, {LOCAL}, {os.cpu_count()} cores")
+    print(f"plain PyTorch loop        {plain:8.3f} s a round")
+    print(f"{chosen.engine:10} first round   {federated[0]:8.3f} s")
+    print(f"{chosen.engine:10} median after  {round_seconds:8.3f} s a round")
+    print(f"ratio                     {round_seconds / plain:8.2f}")
+
+
+if __name__ == "__main__":
+    main()
