@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from one_update import context, cosine, flat
 
 from clients.defenses.perturbation.clip import Clip, clipped, global_norm
+from tests.clients.one_update import context, cosine, flat
 
 
 def update(seed: int, scale: float, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

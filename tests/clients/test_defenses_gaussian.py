@@ -7,13 +7,13 @@ import pytest
 import torch
 from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.rdp import RdpAccountant
-from one_update import context
 
 from clients.defenses.formal.gaussian import Gaussian, epsilon_of
 from clients.defenses.perturbation.clip import Clip
 from clients.defenses.perturbation.prune import Prune
 from fedsim import seeds
 from fedsim.defense import Defense, TrainingPlan, guarantees
+from tests.clients.one_update import context
 
 SIZE = 200_000
 

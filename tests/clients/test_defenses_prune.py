@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from one_update import context, flat
 
 from clients.defenses.perturbation.prune import Prune, largest
+from tests.clients.one_update import context, flat
 
 
 @settings(max_examples=60, deadline=None)

@@ -8,12 +8,12 @@ of 1e-2, which shrinks the image by ``256 std^2 / |db|^2`` (here 21.4).
 """
 
 import pytest
-from one_update import Eavesdropped, context, eavesdrop, gradient, smooth_image
 
 from clients.defenses.formal.gaussian import Gaussian
 from clients.defenses.perturbation.clip import Clip, global_norm
 from clients.defenses.perturbation.prune import Prune
 from fedsim.defense import Defense, Tensors
+from tests.clients.one_update import Eavesdropped, context, eavesdrop, gradient, smooth_image
 
 IMAGE = smooth_image()
 CLEAN = gradient(IMAGE)

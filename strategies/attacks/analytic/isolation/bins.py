@@ -52,7 +52,7 @@ def empirical_cutoffs(values: Tensor, quantiles: Tensor) -> Tensor:
     0 and 1 among ``quantiles`` stand for ``BEYOND`` standard deviations from the mean.
     """
     cut = np.quantile(values.double().numpy(), quantiles.numpy(), method="hazen")
-    spread = float(values.double().std())
+    spread = float(values.double().std(correction=0))
     return _opened(torch.from_numpy(cut), quantiles, float(values.double().mean()), spread)
 
 

@@ -52,7 +52,7 @@ def signal_gradient(model: Imprint, images: Tensor, labels: Tensor) -> float:
     if model.back is None:
         per_unit = pixels.flatten(1).sum(dim=1) / model.imprint.out_features
     else:
-        per_unit = pixels.flatten(1) @ model.back.weight[:, 0]
+        per_unit = pixels.flatten(1) @ model.back.weight[:, 0].detach()
     return max(float(per_unit.abs().mean()), 1e-12)
 
 

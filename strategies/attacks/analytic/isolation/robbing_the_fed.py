@@ -45,7 +45,8 @@ from strategies.attacks.analytic.isolation.imprint import MODEL, Imprint, ReadOu
 
 # Examples on which the attacker tries its own model to set the gain.
 PROBE = 64
-# A bin counts as occupied when its bias moved by more than so many rounding errors.
+# A bin counts as occupied when its bias moved by more than so many rounding errors of what
+# carries it: the largest cumulative gradient, or the uploaded weight itself.
 ROUNDING = 8.0
 
 
@@ -302,9 +303,14 @@ def read_imprint(view: ServerView) -> tuple[Tensor, Tensor, int]:
     if variant == "one-shot":
         moved = moved[:1]  # the row above is everybody brighter, not a bin
     # Never "!= 0": an empty bin's two sums may differ in the last digits.
-    scale = bias if view.kind == "gradient" else view.sent["imprint.bias"]
-    floor = ROUNDING * torch.finfo(bias.dtype).eps * float(scale.abs().max())
-    occupied = (moved.abs() > floor).nonzero().flatten()
+    carrier = view.sent["imprint.bias"].abs()
+    if view.kind == "gradient":
+        carrier = bias.abs().nan_to_num(0, 0, 0).max()
+    if cumulative and view.kind == "weights":
+        carrier = torch.maximum(carrier, carrier.roll(-1))
+    floor = ROUNDING * torch.finfo(bias.dtype).eps * carrier.double().expand(len(bias))
+    heard = moved.isfinite() & (moved.abs() > floor[: len(moved)])
+    occupied = heard.nonzero().flatten()
     rows = weight[occupied].double()
     if cumulative:
         above = torch.cat([weight, torch.zeros_like(weight[:1])])[occupied + 1]
