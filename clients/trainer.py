@@ -43,7 +43,7 @@ class FedSGD(Local):
         data: LocalData,
         defenses: Sequence[Defense],
         ctx: ClientContext,
-        proximal_mu: float = 0.0,
+        proximal_mu: float = 0.0,  # noqa: ARG002 - its pull is zero at the first step
     ) -> Trained:
         """Compute the gradient of one batch, drawn without replacement."""
         order = torch.randperm(len(data), generator=ctx.public("batches", ctx.round))
@@ -112,7 +112,7 @@ class FedAvg(Local):
     def _batches(self, examples: int, ctx: ClientContext) -> Iterator[Tensor]:
         for epoch in range(self.epochs):
             order = torch.randperm(examples, generator=ctx.public("batches", ctx.round, epoch))
-            yield from order.split(self.batch_size)
+            yield from torch.split(order, self.batch_size)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -161,12 +161,8 @@ def batch_gradient(
     return dict(zip(parameters, gradients, strict=True))
 
 
-def upload_transformed(
-    update: Tensors, defenses: Sequence[Defense], ctx: ClientContext
-) -> Tensors:
+def upload_transformed(update: Tensors, defenses: Sequence[Defense], ctx: ClientContext) -> Tensors:
     """Let each defense change what is uploaded."""
     for defense in defenses:
         update = measured_update(ctx.effect(defense), defense.transform_update, update, ctx)
     return update
-
-

@@ -7,6 +7,8 @@ from flwr.app import Context, Message
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp import Grid
 
+from fedsim.population import Population
+
 
 class Channel(ABC):
     """A pair: a ``Grid`` around the server's, and a mod around the client's training."""
@@ -15,11 +17,11 @@ class Channel(ABC):
     #: Whether a reply is one client's, or an aggregate of all of a round.
     aggregates: ClassVar[bool] = False
 
-    def check(self, clients: int) -> None:
+    def check(self, clients: int) -> None:  # noqa: B027 - most channels carry any cohort
         """Refuse a cohort that the protocol cannot carry (``ValueError``)."""
 
     @abstractmethod
-    def grid(self, inner: Grid, context: Context, timeout: float) -> Grid:
+    def grid(self, inner: Population, context: Context, timeout: float) -> Grid:
         """Return the grid through which the strategy sends and receives."""
 
     @abstractmethod

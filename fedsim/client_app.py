@@ -4,11 +4,15 @@ Nothing here depends on a process surviving: a client's state is in Flower's ``c
 under its own name, because one SuperNode may host many clients.
 """
 
+import copy
 import dataclasses
 import json
 import os
+import sys
+import threading
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -20,7 +24,7 @@ from fedsim import seeds
 from fedsim.audit.vault import VaultRecord, deposit
 from fedsim.data import DataSpec, Split, load_dataset
 from fedsim.defense import ClientContext, Defense, Tensors
-from fedsim.local import LocalData, Trained
+from fedsim.local import LocalData
 from fedsim.models import build_model, load_arrays, uploaded_names
 from fedsim.parts import Parts
 from fedsim.population import ADDRESS, node_of
@@ -39,7 +43,8 @@ def logical_client(msg: Message, context: Context, call_next: ClientAppCallable)
     """Be the one client that a message is for: its node id, its state, its secret stream."""
     if ADDRESS not in msg.content:
         return call_next(msg, context)
-    client = int(msg.content.pop(ADDRESS)["client"])
+    client = cast(int, msg.content.config_records[ADDRESS]["client"])
+    del msg.content[ADDRESS]
     prefix = f"client-{client}."
     own = Context(
         run_id=context.run_id,
@@ -80,11 +85,10 @@ app = ClientApp(mods=[logical_client])
 def whoami(msg: Message, context: Context) -> Message:
     """Tell the server which partition this SuperNode hosts."""
     config = context.node_config
-    who = {key: int(config.get(key, default)) for key, default in _SOLE_HOST.items()}
-    return Message(RecordDict({"whoami": MetricRecord(who)}), reply_to=msg)
-
-
-_SOLE_HOST = {"partition-id": 0, "num-partitions": 1}
+    who = MetricRecord()
+    for key, default in (("partition-id", 0), ("num-partitions", 1)):
+        who[key] = int(config.get(key, default))
+    return Message(RecordDict({"whoami": who}), reply_to=msg)
 
 
 @app.train(mods=[through_channel])
@@ -107,7 +111,8 @@ def _parts_of(flat: str) -> Parts:
 
 
 def _parts(context: Context) -> Parts:
-    """Build the scenario's components once a process."""
+    """Build the scenario's components once a process; attack code has no business here."""
+    sys.audit("fedsim.private", "the clients' side")
     return _parts_of(json.dumps(dict(context.run_config), sort_keys=True))
 
 
@@ -115,29 +120,30 @@ def _respond(
     msg: Message, context: Context, defenses: tuple[Defense, ...], *, truth: bool
 ) -> Message:
     parts = _parts(context)
-    config = msg.content["config"]
-    server_round = int(config["server-round"])
+    config = msg.content.config_records["config"]
+    server_round = cast(int, config["server-round"])
     torch.set_num_threads(parts.scenario.federation.threads or os.cpu_count() or 1)
-    model = _received_model(parts, config, msg.content["arrays"])
+    own = _own_model(parts, config)
+    model = _worker.idle.pop(own, None) or build_model(own[0], own[1]).to(parts.device, parts.dtype)
+    received = msg.content.array_records["arrays"]
+    load_arrays(model, {name: array.numpy() for name, array in received.items()})
+    model.train(parts.scenario.model.batchnorm != "frozen")
+    names = uploaded_names(model, parts.scenario.model.batchnorm)
     split = _own_data(parts, context)
     data = LocalData(split, parts.device, parts.dtype)
     ctx = _defense_context(parts, context, server_round, len(data))
-    received = {name: p.detach() for name, p in model.state_dict().items()}
-    for defense in defenses:
-        verdict = defense.inspect(model, received, ctx)
-        if not verdict.accept:
-            raise PermissionError(f"{defense.name} refused the model: {verdict.reason}")
-    for defense in defenses:
-        model = defense.wrap_model(model, ctx)
+    checks = _inspect(model, defenses, ctx, vault_root(context))
+    trainee = _wrapped(model, defenses, ctx)
     public = seeds.derive(parts.scenario.seed, "training", ctx.client, server_round)
     with seeds.seeded_globals(public):  # dropout
-        trained = parts.local.train(
-            model, data, defenses, ctx, float(config.get("proximal-mu", 0.0))
-        )
-    names = uploaded_names(model, parts.scenario.model.batchnorm)
-    upload = _upload(model, trained.upload, names)
+        pull = cast(float, config.get("proximal-mu", 0.0))
+        trained = parts.local.train(trainee, data, defenses, ctx, pull)
+    upload = _upload(trainee, trained.upload, names)
     if truth:
-        _deposit(parts, context, ctx, split, trained, upload, defenses)
+        record = _record(parts, ctx, split, trained.indices, defenses)
+        if parts.attack is not None and parts.channel.aggregates:
+            record = dataclasses.replace(record, upload=upload)
+        deposit(vault_root(context), dataclasses.replace(record, checks=checks))
         _remember(context, ctx.store)
     content = RecordDict(
         {
@@ -145,36 +151,77 @@ def _respond(
             "metrics": MetricRecord({"num-examples": len(trained.indices)}),
         }
     )
+    model.zero_grad()
+    _worker.idle = {own: model}
     return Message(content, reply_to=msg)
 
 
-@lru_cache(maxsize=2)
-def _empty_model(expression: str, spec: DataSpec, precision: str, device: str) -> nn.Module:
-    return build_model(expression, spec).to(getattr(torch, precision)).to(torch.device(device))
+class _Worker(threading.local):
+    """This thread's one model between two clients; a client that hangs or fails keeps its own."""
+
+    def __init__(self) -> None:
+        self.idle: dict[tuple[Any, ...], nn.Module] = {}
 
 
-def _received_model(parts: Parts, config: ConfigRecord, arrays: ArrayRecord) -> nn.Module:
-    """Load what was received into this worker's one model, in place."""
+_worker = _Worker()
+
+
+def _own_model(parts: Parts, config: ConfigRecord) -> tuple[str, DataSpec, torch.dtype, str]:
+    """Return what model the server asks for, and of what type and where it is wanted here."""
     spec = DataSpec(
-        tuple(config["shape"]), config["num_classes"], tuple(config["mean"]), tuple(config["std"])
+        shape=cast(tuple[int, int, int], tuple(cast(list[int], config["shape"]))),
+        num_classes=cast(int, config["num_classes"]),
+        mean=tuple(cast(list[float], config["mean"])),
+        std=tuple(cast(list[float], config["std"])),
     )
-    precision = parts.scenario.federation.precision
-    model = _empty_model(str(config["model"]), spec, precision, str(parts.device))
-    load_arrays(model, {name: array.numpy() for name, array in arrays.items()})
-    return model.train(parts.scenario.model.batchnorm != "frozen")
+    return str(config["model"]), spec, parts.dtype, str(parts.device)
+
+
+def _inspect(
+    model: nn.Module, defenses: tuple[Defense, ...], ctx: ClientContext, vault: Path
+) -> dict[str, float]:
+    """Let each defense look at the model received; return what they measured.
+
+    Raises
+    ------
+    PermissionError
+        If one of them refuses it; the auditor is told as well.
+    """
+    received = {name: p.detach() for name, p in model.state_dict().items()}
+    checks: dict[str, float] = {}
+    for defense in defenses:
+        verdict = defense.inspect(model, received, ctx)
+        checks.update(verdict.checks)
+        if not verdict.accept:
+            reason = f"{defense.name} refused the model: {verdict.reason}"
+            nothing = torch.empty(0, dtype=torch.int64)
+            refusal = VaultRecord(ctx.client, ctx.round, torch.empty(0, 0, 0, 0), nothing, nothing)
+            deposit(vault, dataclasses.replace(refusal, refused=reason, checks=checks))
+            raise PermissionError(reason)
+    return checks
+
+
+def _wrapped(model: nn.Module, defenses: tuple[Defense, ...], ctx: ClientContext) -> nn.Module:
+    """Let each defense wrap the model: a copy, because the next client gets this one."""
+    wrapping = [d for d in defenses if type(d).wrap_model is not Defense.wrap_model]
+    if wrapping:
+        model = copy.deepcopy(model)
+    for defense in wrapping:
+        model = defense.wrap_model(model, ctx)
+    return model
 
 
 def _own_data(parts: Parts, context: Context) -> Split:
     """Return this client's examples: its SuperNode's own data set, or its partition."""
     if named := context.node_config.get("dataset"):
         return load_dataset(str(named)).train
-    return parts.dataset.train.subset(parts.partitions[int(context.node_config["client"])])
+    return parts.dataset.train.subset(parts.partitions[cast(int, context.node_config["client"])])
 
 
 def _defense_context(
     parts: Parts, context: Context, server_round: int, examples: int
 ) -> ClientContext:
-    client, seed = int(context.node_config["client"]), parts.scenario.seed
+    client, seed = cast(int, context.node_config["client"]), parts.scenario.seed
     entropy = context.node_config.get("secret") == "entropy"
     stored = context.state.array_records.get(STORE, ArrayRecord())
     return ClientContext(
@@ -195,38 +242,32 @@ def _remember(context: Context, store: Tensors) -> None:
 
 
 def _upload(model: nn.Module, trained: Tensors, names: list[str]) -> Tensors:
-    own = model.state_dict()
-    return {name: (trained[name] if name in trained else own[name]).detach() for name in names}
+    """Return what travels, in order: what was trained, and statistics as they are now."""
+    everything = {**model.state_dict(), **trained}
+    return {name: everything[name].detach() for name in names}
 
 
 def _array(tensor: torch.Tensor) -> Array:
     return Array(tensor.cpu().numpy())
 
 
-def _deposit(
+def _record(
     parts: Parts,
-    context: Context,
     ctx: ClientContext,
     split: Split,
-    trained: Trained,
-    upload: Tensors,
+    indices: torch.Tensor,
     defenses: tuple[Defense, ...],
-) -> None:
-    images, labels = split.batch(trained.indices)
-    record = VaultRecord(
-        client=ctx.client,
-        round=ctx.round,
-        examples=images,
-        labels=labels,
-        indices=trained.indices,
-        receipts=[
-            {
-                "name": defense.name,
-                "parameters": dataclasses.asdict(defense),  # type: ignore[call-overload]
-                **ctx.effect(defense).receipt(),
-            }
-            for defense in defenses
-        ],
-        upload=upload if parts.channel.aggregates else None,
-    )
-    deposit(vault_root(context), record)
+) -> VaultRecord:
+    """Return the truth for the auditor; no examples where nobody attacks them."""
+    if parts.attack is None:
+        indices = indices[:0]
+    receipts = [
+        {
+            "name": defense.name,
+            "parameters": dataclasses.asdict(cast(Any, defense)),
+            **ctx.effect(defense).receipt(),
+        }
+        for defense in defenses
+    ]
+    own = split.subset(indices)
+    return VaultRecord(ctx.client, ctx.round, own.images, own.labels, indices, receipts)

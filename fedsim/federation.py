@@ -5,13 +5,15 @@ From the outside in: :class:`Refereed` (repeatable sampling, broken replies, the
 strategy expects: full weights), and the Flower strategy itself.
 """
 
+import copy
 import time
 from collections.abc import Callable, Iterable
 from logging import WARNING
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app.exception import AppExitException
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower_strategies
 from flwr.serverapp.strategy import Strategy
@@ -19,7 +21,7 @@ from flwr.supercore import log
 
 from fedsim import registry, seeds
 from fedsim.data import DataSpec
-from fedsim.errors import ScenarioError
+from fedsim.errors import RunFailed, ScenarioError
 from fedsim.models import build_model, is_buffer, uploaded_names
 from fedsim.population import Ledger, Population, client_of
 from fedsim.spool import lazily
@@ -56,21 +58,47 @@ def build_strategy(expression: str, fraction: float) -> Strategy:
     if len(found) != 1 or found[0].name not in known:
         remedy = f"no such strategy; {registry.nearest(expression, list(known))}"
         raise ScenarioError(key, expression, remedy)
-    strategy = known[found[0].name]
+    strategy: Any = known[found[0].name]
     if taken := sorted(_OURS & found[0].arguments.keys()):
         remedy = "the range sets this itself (federation.fraction says who trains)"
         raise ScenarioError(f"{key}: {taken[0]}", found[0].arguments[taken[0]], remedy)
     arguments = registry.check_arguments(strategy, found[0], key)
     try:
-        return strategy(
+        built: Strategy = strategy(
             **arguments,
             fraction_train=fraction,
             fraction_evaluate=0.0,
             min_train_nodes=1,
             min_available_nodes=1,
         )
+        return built
     except (TypeError, ValueError) as error:
         raise ScenarioError(key, expression, str(error)) from error
+
+
+def unfit_strategy(strategy: Strategy, kind: str, cohort: int, aggregates: bool) -> str | None:
+    """Say why a strategy would do nothing, or not what it is for, in this federation."""
+    choosing = (
+        flower_strategies.FedMedian,
+        flower_strategies.FedTrimmedAvg,
+        flower_strategies.MultiKrum,  # and Krum
+        flower_strategies.Bulyan,
+    )
+    if aggregates and isinstance(strategy, choosing):
+        return "it compares uploads, and this channel delivers one aggregate; use an average"
+    if isinstance(strategy, flower_strategies.FedProx):
+        if kind == "gradient":
+            return (
+                "its proximal term is zero at the first local step, the only one fedsgd takes; "
+                "use federation.local = 'fedavg(...)', or strategy 'fedavg'"
+            )
+        if strategy.proximal_mu <= 0:
+            return "it is FedAvg unless proximal_mu is above 0; write fedprox(proximal_mu=0.1)"
+    if isinstance(strategy, flower_strategies.Bulyan):
+        least = 4 * strategy.num_malicious_nodes + 3
+        if cohort < least:
+            return f"it needs {least} uploads a round (4 num_malicious_nodes + 3), not {cohort}"
+    return None
 
 
 class Wrapper(Strategy):
@@ -108,6 +136,14 @@ class Wrapper(Strategy):
         self.inner.summary()
 
 
+def with_arrays(reply: Message, arrays: ArrayRecord) -> Message:
+    """Return a reply that says the same of other arrays: what a Flower strategy reads, no more."""
+    changed = copy.copy(reply)
+    weight = {"num-examples": reply.content.metric_records["metrics"]["num-examples"]}
+    changed.content = RecordDict({"arrays": arrays, "metrics": MetricRecord(weight)})
+    return changed
+
+
 class Applied(Wrapper):
     """Turn uploads of any kind into full weights, so that any Flower strategy can average them.
 
@@ -135,15 +171,14 @@ class Applied(Wrapper):
         """Hand the strategy full weights; it reads them one reply at a time."""
         full = []
         for reply in replies:
-            received = reply.content["arrays"]
+            received = reply.content.array_records["arrays"]
             arrays = ArrayRecord()
             for name, before in self.sent.items():
                 if name not in received:
                     arrays[name] = before
                 else:
                     arrays[name] = lazily(received[name], self._applied(name, before))
-            content = RecordDict({"arrays": arrays, "metrics": reply.content["metrics"]})
-            full.append(Message(content, metadata=reply.metadata))
+            full.append(with_arrays(reply, arrays))
         return self.inner.aggregate_train(server_round, full)
 
     def _applied(self, name: str, before: Array) -> Callable[[Any], Any]:
@@ -203,7 +238,10 @@ class Refereed(Wrapper):
                 whole.append(reply)
         arrays, metrics = None, None
         if whole:
-            arrays, metrics = self.inner.aggregate_train(server_round, whole)
+            try:
+                arrays, metrics = self.inner.aggregate_train(server_round, whole)
+            except AppExitException as error:
+                raise RunFailed(f"the strategy could not aggregate: {error}") from error
         if arrays is None:
             log(WARNING, "round %d: no usable reply, the model stays as it was", server_round)
         else:
@@ -215,29 +253,48 @@ class Refereed(Wrapper):
 
     def _broken(self, reply: Message) -> str | None:
         """Say what is wrong with a reply, if anything is."""
-        asked = self.sent[reply.metadata.src_node_id]
-        expected = self._expectation(str(asked.content["config"]["model"]))
+        asked = self.sent[reply.metadata.src_node_id].content.config_records["config"]
+        expected = self._expectation(str(asked["model"]))
         arrays = reply.content.array_records.get("arrays")
         if arrays is None:
             return "its reply holds no arrays"
-        if "num-examples" not in reply.content.metric_records.get("metrics", {}):
-            return "its reply does not say num-examples"
+        metrics = reply.content.metric_records.get("metrics", MetricRecord())
+        if reason := _broken_metrics(metrics):
+            return reason
         if odd := sorted(expected.keys() ^ arrays.keys()):
             return f"its reply lacks, or adds, {odd[0]!r} and {len(odd) - 1} more arrays"
-        for name, array in arrays.items():
-            if tuple(array.shape) != expected[name]:
-                return f"{name!r} has shape {list(array.shape)}, not {list(expected[name])}"
-            if not np.isfinite(array.numpy()).all():
-                return f"{name!r} holds NaN or Inf"
-        return None
+        broken = (_broken_array(name, arrays[name], shape) for name, shape in expected.items())
+        return next((reason for reason in broken if reason), None)
 
     def _expectation(self, expression: str) -> dict[str, tuple[int, ...]]:
         if expression not in self._expected:
             model = build_model(expression, self.spec)
-            own = model.state_dict()
-            shapes = {name: tuple(own[name].shape) for name in uploaded_names(model, self.batchnorm)}
-            self._expected[expression] = shapes
+            own, names = model.state_dict(), uploaded_names(model, self.batchnorm)
+            self._expected[expression] = {name: tuple(own[name].shape) for name in names}
         return self._expected[expression]
+
+
+def _broken_metrics(metrics: MetricRecord) -> str | None:
+    for name, value in metrics.items():
+        if isinstance(value, list) or not np.isfinite(value):
+            return f"its reply says {name} = {value!r}, not a finite number"
+    if "num-examples" not in metrics:
+        return "its reply does not say num-examples"
+    if not cast(float, metrics["num-examples"]) > 0:
+        return f"its reply is of {metrics['num-examples']} examples, and weighs nothing"
+    return None
+
+
+def _broken_array(name: str, array: Array, shape: tuple[int, ...]) -> str | None:
+    try:
+        values = array.numpy()
+    except (ValueError, EOFError) as error:
+        return f"{name!r} cannot be read: {error}"
+    if values.shape != shape:
+        return f"{name!r} has shape {list(values.shape)}, not {list(shape)}"
+    if values.dtype.kind != "f":
+        return f"{name!r} holds {values.dtype}, not floating-point numbers"
+    return None if np.isfinite(values).all() else f"{name!r} holds NaN or Inf"
 
 
 __all__ = ["Applied", "Ledger", "Refereed", "Wrapper", "build_strategy", "inner_strategies"]

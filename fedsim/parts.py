@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from fedsim.channel import Channel
 from fedsim.data import DataSet, DataSpec, load_dataset, partition
 from fedsim.defense import Defense
 from fedsim.errors import ScenarioError
-from fedsim.federation import build_strategy
+from fedsim.federation import build_strategy, unfit_strategy
 from fedsim.local import Local
 from fedsim.models import initial_model
 from fedsim.scenario import Scenario
@@ -87,7 +88,9 @@ class Parts:
     @cached_property
     def dtype(self) -> torch.dtype:
         """The floating-point type of models, training and uploads."""
-        return getattr(torch, self.scenario.federation.precision)  # type: ignore[no-any-return]
+        return {"float32": torch.float32, "float64": torch.float64}[
+            self.scenario.federation.precision
+        ]
 
     @cached_property
     def device(self) -> torch.device:
@@ -117,31 +120,39 @@ def check(parts: Parts) -> None:
         Naming the key, the value and what would be right.
     """
     scenario = parts.scenario
-    cohort = int(scenario.federation.clients * scenario.federation.fraction)
-    if cohort < 1:
-        remedy = f"of {scenario.federation.clients} clients none would train; at least "
-        remedy += f"{1 / scenario.federation.clients:.3g}"
-        raise ScenarioError("federation.fraction", scenario.federation.fraction, remedy)
     if scenario.federation.device == "cuda" and not torch.cuda.is_available():
         raise ScenarioError("federation.device", "cuda", "no CUDA device here; 'auto' or 'cpu'")
+    _check_criterion(scenario.audit.criterion)
     _check_adversary(parts)
-    build_strategy(scenario.federation.strategy, scenario.federation.fraction)
+    _check_order(parts.defenses, scenario.defenses)
+    _check_federation(parts)
     model = parts.model()
     for key, component in _fitting(parts):
         try:
             component.check(model, parts.local.kind)
         except ValueError as error:
             raise ScenarioError(key, component.name, str(error)) from error
-    try:
-        parts.channel.check(cohort)
-    except ValueError as error:
-        raise ScenarioError("channel", scenario.channel, str(error)) from error
-    _check_order(parts.defenses, scenario.defenses)
     empty = [client for client, indices in enumerate(parts.partitions) if not len(indices)]
     if empty:
         remedy = f"client {empty[0]} (and {len(empty) - 1} more) would hold no example"
         raise ScenarioError("data.partition", scenario.data.partition, remedy)
-    _check_criterion(scenario.audit.criterion)
+
+
+def _check_federation(parts: Parts) -> None:
+    """Check who trains, what aggregates, and whether the channel can carry it."""
+    federation, channel = parts.scenario.federation, parts.channel
+    cohort = int(federation.clients * federation.fraction)  # as Flower's strategies count
+    if cohort < 1:
+        remedy = f"of {federation.clients} clients none would train; at least "
+        remedy += f"{1 / federation.clients:.3g}"
+        raise ScenarioError("federation.fraction", federation.fraction, remedy)
+    strategy = build_strategy(federation.strategy, federation.fraction)
+    if reason := unfit_strategy(strategy, parts.local.kind, cohort, channel.aggregates):
+        raise ScenarioError("federation.strategy", federation.strategy, reason)
+    try:
+        channel.check(cohort)
+    except ValueError as error:
+        raise ScenarioError("channel", parts.scenario.channel, str(error)) from error
 
 
 def _fitting(parts: Parts) -> list[tuple[str, Attack | Defense]]:
@@ -171,7 +182,7 @@ def _check_adversary(parts: Parts) -> None:
 
 
 def _check_order(defenses: tuple[Defense, ...], text: str) -> None:
-    for first, second in zip(defenses, defenses[1:], strict=False):
+    for first, second in pairwise(defenses):
         if first.rank > second.rank:
             remedy = f"{second.name} must come before {first.name} (clip, noise, sparsify, quantize"
             raise ScenarioError("defenses", text, remedy + ": any other order breaks a guarantee)")
@@ -188,18 +199,18 @@ def _check_criterion(text: str) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse an output folder that cannot be written to.
+    """Refuse an output folder that cannot be written to, or made; leave nothing behind.
 
     Raises
     ------
     ScenarioError
         Naming ``output.dir``.
     """
+    there = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
+    probe = there / f".fedsim-{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".fedsim-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        probe.mkdir()
+        probe.rmdir()
     except OSError as error:
         remedy = f"cannot be written to: {error.strerror}; name another folder"
         raise ScenarioError("output.dir", str(folder), remedy) from error

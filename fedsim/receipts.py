@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+
 import torch
 from torch import Tensor
 

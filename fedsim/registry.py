@@ -45,15 +45,21 @@ def register(kind: str, name: str) -> Callable[[Component], Component]:
     """
 
     def decorate(component: Component) -> Component:
+        if kind not in _components:
+            raise ValueError(f"there is no kind {kind!r}; there is: {', '.join(KINDS)}")
         taken = _components[kind].get(name)
-        if taken is not None and taken.__qualname__ != component.__qualname__:
-            raise ValueError(f"{kind} {name!r} is already {taken.__module__}.{taken.__qualname__}")
+        if taken is not None and _origin(taken) != _origin(component):
+            raise ValueError(f"{kind} {name!r} is already {_origin(taken)}")
         _components[kind][name] = component
         if inspect.isclass(component):
             component.name = name  # type: ignore[attr-defined]
         return component
 
     return decorate
+
+
+def _origin(component: Callable[..., Any]) -> str:
+    return f"{component.__module__}.{component.__qualname__}"
 
 
 @cache
@@ -127,15 +133,19 @@ def _parse_one(part: str, text: str, key: str) -> Expression:
         call = ast.parse(f"f({rest}", mode="eval").body
     except SyntaxError as error:
         raise ScenarioError(key, text, f"{form} ({error.msg} in {part!r})") from None
+    except (ValueError, MemoryError, RecursionError) as error:  # a null byte, endless brackets
+        raise ScenarioError(key, text, f"{form} ({error})") from None
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
         raise ScenarioError(key, text, f"{form}; arguments need their names ({part!r})")
     arguments: dict[str, Any] = {}
     for keyword in call.keywords:
         if keyword.arg is None:
             raise ScenarioError(key, text, form)
+        if keyword.arg in arguments:
+            raise ScenarioError(key, text, f"argument {keyword.arg!r} stands there twice")
         try:
             arguments[keyword.arg] = ast.literal_eval(keyword.value)
-        except ValueError:
+        except (ValueError, TypeError, MemoryError, RecursionError):
             remedy = f"argument {keyword.arg!r} must be a literal (number, text, True, None, list)"
             raise ScenarioError(key, text, remedy) from None
     return Expression(name, arguments)
@@ -186,6 +196,9 @@ def build(kind: str, expression: Expression | str, key: str, *given: Any) -> Any
         raise ScenarioError(key, str(expression), str(error)) from error
 
 
+_STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+
+
 def check_arguments(
     component: Callable[..., Any], expression: Expression, key: str, *, skip: int = 0
 ) -> dict[str, Any]:
@@ -203,9 +216,7 @@ def check_arguments(
         if name not in parameters:
             remedy = f"{expression.name} has no such parameter; {nearest(name, list(parameters))}"
             raise ScenarioError(where, value, remedy)
-        adapter = TypeAdapter(
-            hints.get(name, Any), config=ConfigDict(strict=True, arbitrary_types_allowed=True)
-        )
+        adapter = TypeAdapter(hints.get(name, Any), config=_STRICT)
         try:
             checked[name] = adapter.validate_python(value)
         except ValidationError as error:

@@ -7,7 +7,9 @@ leaves plain files in the run folder; the next one starts from them.
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -15,13 +17,14 @@ from typing import Any, overload
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
 
 from fedsim import reconstructions, registry, report, seeds
 from fedsim.attack import Attack, Manipulation, Reconstruction
 from fedsim.audit.guard import run_sealed
 from fedsim.audit.vault import Vault
 from fedsim.data import DataSpec, Split, split_test
-from fedsim.errors import RunFailed
+from fedsim.errors import NotGranted, RunFailed
 from fedsim.federation import Applied, Refereed, build_strategy
 from fedsim.models import build_model, load_arrays, travelling
 from fedsim.parts import Parts
@@ -29,7 +32,7 @@ from fedsim.population import Ledger, Population
 from fedsim.progress import Progress
 from fedsim.run_folder import RunFolder, explain_os_error
 from fedsim.scenario import Scenario
-from fedsim.threat import Capability, Knowledge, Statistics
+from fedsim.threat import THREAT_MODELS, Capability, Knowledge, Statistics
 from fedsim.view import SavedViews, ServerView
 
 
@@ -42,36 +45,48 @@ def run(scenario: Scenario, grid: Grid, context: Context, folder: RunFolder) -> 
         When the run must not be believed, or could not go on; what it had saved stays.
     """
     parts = Parts(scenario)
-    try:
+    with plainly(folder):
         federate(parts, grid, context, folder)
-        if parts.attack is not None:
-            reconstruct(parts, parts.attack, folder)
+    if parts.attack is not None:
+        reconstruct(parts, parts.attack, folder)
+    with plainly(folder):
         folder.gather_vault()
-        return write_report(folder)
+    return write_report(folder)
+
+
+@contextmanager
+def plainly(folder: RunFolder) -> Iterator[None]:
+    """Say what an error of the disk, or a refusal by the guard, means for the run."""
+    try:
+        yield
+    except NotGranted:
+        raise
     except OSError as error:
+        if isinstance(error, PermissionError) and error.errno is None:
+            raise RunFailed(f"{error}: nothing it made may be believed") from error
         raise explain_os_error(error, folder.path) from error
 
 
 def federate(parts: Parts, grid: Grid, context: Context, folder: RunFolder) -> None:
     """Train; the server in its role saves what it sees; ``federation.json`` says what happened."""
-    scenario, started = parts.scenario, time.perf_counter()
-    ledger = Ledger()
+    scenario = parts.scenario
     role, receipts, knowledge = _server(parts, folder)
-    channel = parts.channel
-    population = _population(parts, grid, ledger, folder)
-    told = partial(_federation_facts, parts, ledger, receipts, knowledge, started)
-    accuracy = _train(
-        parts, role, population, channel.grid(population, context, scenario.federation.timeout),
-        on_round=lambda r, s: (folder.event("round", round=r, seconds=s),
-                               folder.write("federation.json", told(None)))[0],
-    )  # fmt: skip
+    history = History(parts, Ledger(), receipts, knowledge)
+
+    def on_round(server_round: int, seconds: float) -> None:
+        folder.event("round", round=server_round, seconds=seconds)
+        folder.write("federation.json", history.facts())
+
+    with closing(_population(parts, grid, history.ledger, folder)) as population:
+        behind = parts.channel.grid(population, context, scenario.federation.timeout)
+        accuracy = _train(parts, role, population, behind, on_round)
     if scenario.audit.baseline:
         accuracy["baseline_after"] = _baseline(parts, grid, folder)
-    folder.write("federation.json", told(accuracy))
-    folder.event("federated", rounds=len(ledger.round_seconds))
+    folder.write("federation.json", history.facts(accuracy))
+    folder.event("federated", rounds=len(history.ledger.round_seconds))
 
 
-def _server(parts: Parts, folder: RunFolder) -> tuple[Any, list[str], Knowledge | None]:
+def _server(parts: Parts, folder: RunFolder) -> tuple[Strategy, list[str], Knowledge | None]:
     """Build the strategy in its role; what the role writes down, and what it may know."""
     scenario = parts.scenario
     lr = parts.local.lr if parts.local.kind == "gradient" else None
@@ -84,7 +99,7 @@ def _server(parts: Parts, folder: RunFolder) -> tuple[Any, list[str], Knowledge 
         seal = partial(run_sealed, paths=folder.sealed_paths())
         knowledge = _knowledge(parts, folder, Progress("crafting", "steps"))
         role = registry.components("role")["manipulator"](
-            applied, views, kind, parts.attack, knowledge, seal
+            applied, views, kind, attack=parts.attack, knowledge=knowledge, seal=seal
         )
         return role, role.receipts, knowledge
     role = registry.components("role")["eavesdropper"](applied, views, kind)
@@ -97,19 +112,28 @@ def _population(parts: Parts, grid: Grid, ledger: Ledger, folder: RunFolder) -> 
 
 
 def _train(
-    parts: Parts, role: Any, population: Population, grid: Grid, on_round: Any
+    parts: Parts,
+    role: Strategy,
+    population: Population,
+    grid: Grid,
+    on_round: Callable[[int, float], None],
 ) -> dict[str, float | None]:
     """Run the rounds; return accuracy on the hold-out before and after."""
     scenario = parts.scenario
     rounds = scenario.federation.rounds
     progress = Progress("federation", "rounds")
+
+    def after_round(server_round: int, seconds: float) -> None:
+        on_round(server_round, seconds)
+        progress(server_round, rounds)
+
     refereed = Refereed(
         role,
         population,
         seed=scenario.seed,
         spec=parts.spec,
         batchnorm=scenario.model.batchnorm,
-        on_round=lambda r, s: (progress(r, rounds), on_round(r, s))[0],
+        on_round=after_round,
     )
     holdout = split_test(parts.dataset.test, scenario.seed)[1]
     measured: dict[int, float | None] = {}
@@ -143,10 +167,10 @@ def _baseline(parts: Parts, grid: Grid, folder: RunFolder) -> float | None:
     lr = parts.local.lr if parts.local.kind == "gradient" else None
     federation = parts.scenario.federation
     inner = build_strategy(federation.strategy, federation.fraction)
-    population = _population(parts, grid, Ledger(), folder)
     honest = Applied(inner, lr, message_type="train.baseline")
     folder.event("baseline")
-    return _train(parts, honest, population, population, lambda r, s: None)["after"]
+    with closing(_population(parts, grid, Ledger(), folder)) as population:
+        return _train(parts, honest, population, population, lambda *_: None)["after"]
 
 
 def accuracy(parts: Parts, arrays: ArrayRecord, split: Split) -> float | None:
@@ -158,53 +182,64 @@ def accuracy(parts: Parts, arrays: ArrayRecord, split: Split) -> float | None:
     model = model.eval().to(parts.device)
     right = 0
     with torch.inference_mode():
-        for indices in torch.arange(len(split)).split(512):
+        for indices in torch.split(torch.arange(len(split)), 512):
             images, labels = split.batch(indices, parts.dtype)
             predicted = model(images.to(parts.device)).argmax(dim=1).cpu()
             right += int((predicted == labels).sum())
     return right / len(split)
 
 
-def _federation_facts(
-    parts: Parts,
-    ledger: Ledger,
-    receipts: list[str],
-    knowledge: Knowledge | None,
-    started: float,
-    accuracy: dict[str, float | None] | None,
-) -> dict[str, Any]:
-    federation = parts.scenario.federation
-    return {
-        "clients": federation.clients,
-        "rounds": federation.rounds,
-        "rounds_done": len(ledger.round_seconds),
-        "seconds": time.perf_counter() - started,
-        "round_seconds": ledger.round_seconds,
-        "failures": ledger.failures,
-        "bytes_up": ledger.bytes_up,
-        "bytes_down": ledger.bytes_down,
-        "accuracy": accuracy or {"before": None, "after": None, "baseline_after": None},
-        "receipts": receipts,
-        "used": sorted(capability.value for capability in knowledge.used) if knowledge else [],
-        "channel": {"name": parts.channel.name, **parts.channel.figures()},
-        "defenses_expected": [
-            {"name": d.name, "must_change": d.changes_upload} for d in parts.defenses
-        ],
-        "detection": [],
-    }
+@dataclass
+class History:
+    """What ``federation.json`` tells, as it happens.
+
+    ``knowledge`` is a manipulator's, whose uses while it crafts are grants used.
+    """
+
+    parts: Parts
+    ledger: Ledger
+    receipts: list[str]
+    knowledge: Knowledge | None
+    started: float = field(default_factory=time.perf_counter)
+
+    def facts(self, accuracy: dict[str, float | None] | None = None) -> dict[str, Any]:
+        """Return what is known so far."""
+        federation, ledger = self.parts.scenario.federation, self.ledger
+        used = self.knowledge.used if self.knowledge else ()
+        return {
+            "clients": federation.clients,
+            "rounds": federation.rounds,
+            "rounds_done": len(ledger.round_seconds),
+            "seconds": time.perf_counter() - self.started,
+            "round_seconds": ledger.round_seconds,
+            "failures": ledger.failures,
+            "bytes_up": ledger.bytes_up,
+            "bytes_down": ledger.bytes_down,
+            "accuracy": accuracy or {"before": None, "after": None, "baseline_after": None},
+            "receipts": self.receipts,
+            "used": sorted(capability.value for capability in used),
+            "channel": {"name": self.parts.channel.name, **self.parts.channel.figures()},
+            "defenses_expected": [
+                {"name": d.name, "must_change": d.changes_upload} for d in self.parts.defenses
+            ],
+            "detection": [],
+        }
 
 
 # -- reconstruction ------------------------------------------------------------------------------
 
 
 class BlankedViews(Sequence[ServerView]):
-    """Saved views without the number of examples, which an attack asks its knowledge for."""
+    """Views without the number of examples, which an attack asks its knowledge for.
 
-    def __init__(self, saved: SavedViews) -> None:
-        self.saved = saved
+    ``read`` returns one view by its position; it keeps the files to itself.
+    """
+
+    def __init__(self, read: Callable[[int], ServerView], count: int) -> None:
+        self._read, self._count = read, count
 
     def __len__(self) -> int:
-        return len(self.saved)
+        return self._count
 
     @overload
     def __getitem__(self, index: int) -> ServerView: ...
@@ -212,15 +247,16 @@ class BlankedViews(Sequence[ServerView]):
     def __getitem__(self, index: slice) -> list[ServerView]: ...
     def __getitem__(self, index: int | slice) -> ServerView | list[ServerView]:
         if isinstance(index, slice):
-            return [_blank(view) for view in self.saved[index]]
-        return _blank(self.saved[index])
-
-    def __iter__(self) -> Iterator[ServerView]:
-        return (_blank(view) for view in self.saved)
+            return [self._read(at) for at in range(self._count)[index]]
+        return self._read(range(self._count)[index])
 
 
-def _blank(view: ServerView) -> ServerView:
-    return dataclasses.replace(view, num_examples=None)
+def _blanked(saved: SavedViews, knowledge: Knowledge) -> BlankedViews:
+    def read(index: int) -> ServerView:
+        knowledge.require(Capability.UPDATES)
+        return dataclasses.replace(saved[index], num_examples=None)
+
+    return BlankedViews(read, len(saved))
 
 
 def reconstruct(parts: Parts, attack: Attack, folder: RunFolder) -> Path:
@@ -229,8 +265,15 @@ def reconstruct(parts: Parts, attack: Attack, folder: RunFolder) -> Path:
     Raises
     ------
     RunFailed
-        If the server saved no view.
+        If the server saved no view, or the attack reached for what it must not see.
+    NotGranted
+        If the attack asked for what its threat model does not grant.
     """
+    with plainly(folder):
+        return _reconstruct(parts, attack, folder)
+
+
+def _reconstruct(parts: Parts, attack: Attack, folder: RunFolder) -> Path:
     saved = SavedViews(folder.path / "views")
     if not len(saved):
         raise RunFailed("the server saw no upload: there is nothing to reconstruct from")
@@ -238,7 +281,7 @@ def reconstruct(parts: Parts, attack: Attack, folder: RunFolder) -> Path:
     knowledge = _knowledge(parts, folder, Progress(attack.name, "iterations"), attack)
     started = time.perf_counter()
     result: Reconstruction = run_sealed(
-        attack.reconstruct, BlankedViews(saved), knowledge, paths=folder.sealed_paths()
+        attack.reconstruct, _blanked(saved, knowledge), knowledge, paths=folder.sealed_paths()
     )
     seconds = time.perf_counter() - started
     cost = dataclasses.replace(result.cost, seconds=seconds)
@@ -263,17 +306,24 @@ def reconstruct(parts: Parts, attack: Attack, folder: RunFolder) -> Path:
 def _used_in_crafting(attack: Attack, folder: RunFolder) -> set[str]:
     if not isinstance(attack, Manipulation):
         return set()
-    used = set(json.loads((folder.path / "federation.json").read_text()).get("used", []))
-    return used | {Capability.MANIPULATION.value}
+    told = folder.path / "federation.json"
+    used = json.loads(told.read_text())["used"] if told.exists() else []
+    return {*used, Capability.MANIPULATION.value}
 
 
 def _knowledge(
     parts: Parts, folder: RunFolder, progress: Progress, attack: Attack | None = None
 ) -> Knowledge:
-    """Build what the scenario's threat model lets an attack know."""
+    """Build what the scenario's threat model lets an attack know, and load it: later it is sealed.
+
+    ``attack`` is None while a manipulator crafts: there is no oracle before anybody has trained.
+    """
     scenario = parts.scenario
     surrogate = split_test(parts.dataset.test, scenario.seed)[0]
     views = SavedViews(folder.path / "views").facts()
+    statistics: dict[int, Statistics] = {}
+    if Capability.STATISTICS in THREAT_MODELS[scenario.threat_model]:
+        statistics = _statistics(parts)
     oracles = {}
     if attack is not None and "labels" in parts.oracles & attack.oracles:
         truth = _true_labels(folder, views)
@@ -286,17 +336,18 @@ def _knowledge(
         device=parts.device,
         batchnorm=scenario.model.batchnorm,
         surrogate=lambda: surrogate,
-        statistics=partial(_statistics, parts),
+        statistics=statistics.__getitem__,
         oracles=oracles,
         num_examples={fact["label"]: fact["num_examples"] for fact in views},
         progress=progress,
     )
 
 
-def _statistics(parts: Parts, client: int) -> Statistics:
-    labels = parts.dataset.train.labels[parts.partitions[client]]
-    counts = torch.bincount(labels, minlength=parts.spec.num_classes)
-    return Statistics(counts / counts.sum())
+def _statistics(parts: Parts) -> dict[int, Statistics]:
+    """Return every client's class distribution."""
+    labels, classes = parts.dataset.train.labels, parts.spec.num_classes
+    counted = [torch.bincount(labels[own], minlength=classes) for own in parts.partitions]
+    return {client: Statistics(counts / counts.sum()) for client, counts in enumerate(counted)}
 
 
 def _true_labels(folder: RunFolder, views: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -328,11 +379,10 @@ def write_report(folder: RunFolder) -> Path:
     """
     from fedsim.audit.verdict import judge
 
-    folder.event("finished")
-    verdict = judge(folder.path)
-    page = report.write(folder.path, verdict)
-    failed = json.loads((folder.path / "report.json").read_text()).get("failed")
-    if failed:
-        raise RunFailed(f"{failed} (report: {page})")
+    with plainly(folder):
+        folder.event("finished")
+        verdict = judge(folder.path)
+        page = report.write(folder.path, verdict)
+    if verdict.failed:
+        raise RunFailed(f"{verdict.failed} (report: {page})")
     return page
-

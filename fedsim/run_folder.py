@@ -29,20 +29,28 @@ class RunFolder:
 
     @classmethod
     def create(cls, scenario: Scenario, *, run_id: int, engine: str, command: str) -> "RunFolder":
-        """Make a new folder, and point ``latest`` beside it to it."""
+        """Make a new folder, and point ``latest`` beside it to it.
+
+        Raises
+        ------
+        RunFailed
+            If the disk is full, or the folder gone.
+        """
         parent = output_dir(scenario)
         title = re.sub(r"[^a-z0-9]+", "-", scenario.title.lower()).strip("-")[:40] or "run"
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{title}-{secrets.token_hex(3)}"
         folder = cls(parent / name)
-        folder.path.mkdir(parents=True)
-        folder.path.joinpath("vault").mkdir(mode=0o700)
-        folder.write_scenario(scenario)
-        write_json(folder.path / "environment.json", _environment(scenario, run_id, engine, command))
-        link = parent / f".latest-{os.getpid()}"
-        link.unlink(missing_ok=True)
-        link.symlink_to(name)
-        link.replace(parent / "latest")
-        folder.event("started", engine=engine)
+        try:
+            folder.path.mkdir(parents=True)
+            folder.path.joinpath("vault").mkdir(mode=0o700)
+            folder.write_scenario(scenario)
+            folder.write("environment.json", _environment(scenario, run_id, engine, command))
+            link = parent / f".{name}.latest"
+            link.symlink_to(name)
+            link.replace(parent / "latest")
+            folder.event("started", engine=engine)
+        except OSError as error:
+            raise explain_os_error(error, folder.path) from error
         return folder
 
     @classmethod
@@ -91,9 +99,12 @@ class RunFolder:
             shutil.rmtree(left)
 
     def sealed_paths(self) -> list[Path]:
-        """What no attack may open: the truth, and the seed that all public streams come from."""
-        names = ("vault", "scenario.toml", "environment.json")
-        return [*(self.path / name for name in names), seeds.home() / "vaults"]
+        """What no attack may open.
+
+        The vault, the seed that all public streams come from, the number of examples beside each
+        view, and what an earlier report or another attack says: the whole folder.
+        """
+        return [self.path, seeds.home() / "vaults"]
 
 
 def output_dir(scenario: Scenario) -> Path:

@@ -22,7 +22,7 @@ def _kebab(name: str) -> str:
 
 class _Table(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, alias_generator=_kebab, populate_by_name=True
+        extra="forbid", strict=True, frozen=True, alias_generator=_kebab, allow_inf_nan=False
     )
 
 
@@ -38,7 +38,9 @@ class FederationTable(_Table):
         description="What a client does in a round: `fedsgd(...)` uploads one batch's gradient, "
         "`fedavg(epochs=, batch_size=, lr=)` uploads weights after local training.",
     )
-    timeout: float = Field(600.0, gt=0, description="Seconds a round may wait for its clients.")
+    timeout: float = Field(
+        600.0, gt=0, le=31_536_000, description="Seconds a round may wait for its clients."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where clients train and the attack computes; `auto` prefers CUDA."
     )
@@ -54,7 +56,9 @@ class DataTable(_Table):
     """``[data]``: what clients hold."""
 
     dataset: str = Field("photo-tiles", description="Data set expression.")
-    partition: str = Field("iid", description="A flwr-datasets partitioner: `dirichlet(alpha=0.5)`.")
+    partition: str = Field(
+        "iid", description="A flwr-datasets partitioner: `dirichlet(alpha=0.5)`."
+    )
 
 
 class ModelTable(_Table):
@@ -126,7 +130,7 @@ class Scenario(_Table):
             raise ScenarioError("scenario", str(path), "no such file") from None
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ScenarioError("scenario", str(path), f"not readable as TOML: {error}") from None
-        return cls.from_flat({**_flatten(content), **(overrides or {})})
+        return cls.from_flat({**_flatten(content), **_flatten(overrides or {})})
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> "Scenario":
@@ -157,7 +161,8 @@ class Scenario(_Table):
 
     def to_toml(self) -> str:
         """Return the resolved scenario as a TOML file."""
-        return tomli_w.dumps(self.model_dump(by_alias=True))
+        text: str = tomli_w.dumps(self.model_dump(by_alias=True))
+        return text
 
     def with_changes(self, **flat: Any) -> "Scenario":
         """Return a scenario with some dotted keys changed."""
@@ -180,8 +185,12 @@ def known_keys() -> list[str]:
 
 
 def _remedy(cls: type[Scenario], key: str, error: Any) -> str:
+    known = list(cls.from_flat({}).flat())
     if error["type"] == "extra_forbidden":
-        return f"there is no such key; {nearest(key, list(cls.from_flat({}).flat()))}"
+        return f"there is no such key; {nearest(key, known)}"
+    if error["type"] == "model_type":
+        inside = [name for name in known if name.startswith(f"{key}.")]
+        return f"this is a table, [{key}]; there is: {', '.join(inside)}"
     return str(error["msg"])
 
 
@@ -200,5 +209,3 @@ def parse_override(text: str) -> dict[str, Any]:
         return {key.strip(): tomllib.loads(f"value = {value}")["value"]}
     except tomllib.TOMLDecodeError:
         return {key.strip(): value.strip()}
-
-

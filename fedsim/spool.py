@@ -25,13 +25,13 @@ class LazyArray(Array):
         return values
 
     @property
-    def data(self) -> bytes:  # type: ignore[override]
+    def data(self) -> bytes:
         """The bytes Flower would send."""
         data: bytes = Array(self.numpy()).data
         return data
 
     @data.setter
-    def data(self, value: bytes) -> None:
+    def data(self, _: bytes) -> None:
         raise AttributeError("a LazyArray is read-only")
 
 
@@ -52,9 +52,7 @@ def spooled(arrays: ArrayRecord, path: Path) -> ArrayRecord:
     with path.open("wb") as file:
         for name, array in arrays.items():
             size = file.write(array.data)
-            record[name] = LazyArray(
-                array.dtype, tuple(array.shape), _reader(path, offset)
-            )
+            record[name] = LazyArray(array.dtype, tuple(array.shape), _reader(path, offset))
             offset += size
     return record
 

@@ -92,17 +92,19 @@ class Statistics:
     class_distribution: Tensor
 
 
+def _unwatched(done: int, total: int, text: str) -> None:
+    """Tell nobody."""
+
+
 class Knowledge:
     """An attack's only source beside the views; every grant that was used is recorded.
+
+    What the threat model does not grant is not merely refused: it is not in here.
 
     Attributes
     ----------
     device : torch.device
         Where the attack computes.
-    used : set of Capability
-        What was asked for and granted, for the report.
-    oracles_used : set of str
-        Which oracle grants were used, for the report's badges.
     progress : callable
         ``progress(done, total, text)``: tell whoever watches how far the attack is.
     """
@@ -122,21 +124,39 @@ class Knowledge:
         num_examples: Mapping[str, int | None] | None = None,
         progress: Callable[[int, int, str], None] | None = None,
     ) -> None:
-        self.threat_model = threat_model
+        has = THREAT_MODELS[threat_model]
         self.device = device
         self.batchnorm = batchnorm
-        self.used: set[Capability] = set()
-        self.oracles_used: set[str] = set()
-        self.progress = progress or (lambda done, total, text: None)
-        self._data, self._training, self._seed = data, training, seed
-        self._surrogate, self._statistics = surrogate, statistics
+        self.progress = progress or _unwatched
+        self._threat_model = threat_model
+        self._used: set[Capability] = set()
+        self._oracles_used: set[str] = set()
+        self._data, self._seed = data, seed
+        self._num_examples = dict(num_examples or {}) if Capability.BASICS in has else {}
+        self._training = training if Capability.DETAILS in has else None
+        self._surrogate = surrogate if Capability.SURROGATE in has else None
+        self._statistics = statistics if Capability.STATISTICS in has else None
         self._oracles = dict(oracles or {})
-        self._num_examples = dict(num_examples or {})
+
+    @property
+    def threat_model(self) -> str:
+        """The letter of the scenario's threat model."""
+        return self._threat_model
 
     @property
     def granted(self) -> frozenset[Capability]:
         """What the scenario's threat model grants."""
-        return THREAT_MODELS[self.threat_model]
+        return THREAT_MODELS[self._threat_model]
+
+    @property
+    def used(self) -> frozenset[Capability]:
+        """What was asked for and granted, for the report."""
+        return frozenset(self._used)
+
+    @property
+    def oracles_used(self) -> frozenset[str]:
+        """Which oracle grants were used, for the report's badges."""
+        return frozenset(self._oracles_used)
 
     def require(self, capability: Capability) -> None:
         """Record the use of a capability.
@@ -152,7 +172,7 @@ class Knowledge:
                 f"threat model {self.threat_model} ({NAMES[self.threat_model]}) does not grant "
                 f"{capability.value!r}; the least model that does is {least}"
             )
-        self.used.add(capability)
+        self._used.add(capability)
 
     # -- updates: the server's own model is the server's ---------------------------------------
     def model(self, view: ServerView) -> nn.Module:
@@ -193,6 +213,7 @@ class Knowledge:
     def training(self) -> TrainingDetails:
         """How honest clients train."""
         self.require(Capability.DETAILS)
+        assert self._training is not None
         return self._training
 
     # -- surrogate -----------------------------------------------------------------------------
@@ -224,10 +245,14 @@ class Knowledge:
                 f"oracle {name!r} is not granted; a scenario grants it with oracles = {name!r}, "
                 "and its report wears a badge"
             )
-        self.oracles_used.add(name)
+        self._oracles_used.add(name)
         return self._oracles[name](view)
 
     # -- the attack's own randomness -----------------------------------------------------------
     def generator(self, *names: object) -> torch.Generator:
-        """Return a CPU generator of the attack's own; tells nothing about any other stream."""
+        """Return a CPU generator of the attack's own.
+
+        Its seed is a hash: it leads to no other stream except by trying run seeds one by one,
+        which is what anybody with the initial model can do too.
+        """
         return torch.Generator().manual_seed(seeds.derive(self._seed, *names))

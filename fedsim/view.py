@@ -128,7 +128,7 @@ class SavedViews(Sequence[ServerView]):
         return len(self.paths)
 
     def facts(self) -> list[dict[str, Any]]:
-        """Return ``label``, ``round``, ``senders`` and ``num_examples`` of each, without tensors."""
+        """Return each view's ``label``, ``round``, ``senders``, ``num_examples``: no tensors."""
         found = []
         for path in self.paths:
             with safe_open(path, framework="pt") as stored:

@@ -6,7 +6,7 @@ also decides what clients receive.  The federation's own learning goes on inside
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -14,7 +14,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedsim.attack import Attack, Manipulation, ModelToSend
-from fedsim.federation import Wrapper
+from fedsim.errors import RunFailed
+from fedsim.federation import Wrapper, with_arrays
 from fedsim.population import client_of, node_of
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
@@ -64,18 +65,18 @@ class Eavesdropper(Wrapper):
         """Return everything this server holds of one reply."""
         node = reply.metadata.src_node_id
         sent = self.sent[node]
-        metrics = dict(reply.content["metrics"])
-        num_examples = metrics.pop("num-examples")
+        rode_along = reply.content.metric_records["metrics"].items()
+        metrics = {name: float(cast(float, value)) for name, value in rode_along}
         senders = reply.content.config_records.get("senders")
         return ServerView(
             round=server_round,
-            senders=tuple(senders["clients"]) if senders else (client_of(node),),
-            model=str(sent["config"]["model"]),
-            sent=tensors(sent["arrays"]),
-            received=tensors(reply.content["arrays"]),
+            senders=tuple(cast(list[int], senders["clients"])) if senders else (client_of(node),),
+            model=str(sent.config_records["config"]["model"]),
+            sent=tensors(sent.array_records["arrays"]),
+            received=tensors(reply.content.array_records["arrays"]),
             kind="gradient" if self.kind == "gradient" else "weights",
-            num_examples=int(num_examples),
-            metrics={name: float(value) for name, value in metrics.items()},
+            num_examples=int(metrics.pop("num-examples")),
+            metrics=metrics,
         )
 
 
@@ -98,6 +99,7 @@ class Manipulator(Eavesdropper):
         inner: Strategy,
         folder: Path,
         kind: str,
+        *,
         attack: Attack,
         knowledge: Knowledge,
         seal: Seal,
@@ -122,9 +124,11 @@ class Manipulator(Eavesdropper):
         for message in messages:
             client = client_of(message.metadata.dst_node_id)
             model = self.seal(self.attack.tailor, self.crafted, client, server_round)
-            _, record = records.setdefault(id(model), (model, arrays_of(model)))
-            changed = ConfigRecord({**message.content["config"], "model": model.expression})
-            message.content = RecordDict({"arrays": record, "config": changed})
+            if id(model) not in records:  # most attacks send everybody the same
+                records[id(model)] = model, arrays_of(model)
+            changed = ConfigRecord(dict(message.content.config_records["config"]))
+            changed["model"] = model.expression
+            message.content = RecordDict({"arrays": records[id(model)][1], "config": changed})
         self.sent = {message.metadata.dst_node_id: message.content for message in messages}
         self.receipts.append(
             f"sent a modified model to {len(messages)}/{len(messages)} clients "
@@ -132,15 +136,19 @@ class Manipulator(Eavesdropper):
         )
         return messages
 
-    def _selected(
-        self, messages: list[Message], server_round: int, grid: Grid
-    ) -> list[Message]:
+    def _selected(self, messages: list[Message], server_round: int, grid: Grid) -> list[Message]:
         if Capability.SELECTION not in self.attack.needs:
             return messages
         available = [client_of(node) for node in grid.get_node_ids()]
+        chosen = list(self.seal(self.attack.select, tuple(available), server_round))
+        if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(available):
+            raise RunFailed(
+                f"{self.attack.name} selected clients {chosen} in round {server_round}; "
+                "it may select some of those that are there, each once"
+            )
         return [
             Message(messages[0].content, node_of(client), messages[0].metadata.message_type)
-            for client in self.seal(self.attack.select, available, server_round)
+            for client in chosen
         ]
 
     def aggregate_train(
@@ -154,12 +162,9 @@ class Manipulator(Eavesdropper):
         return self.inner.aggregate_train(server_round, own)
 
     def _own(self, reply: Message) -> Message:
-        received, prefix = reply.content["arrays"], self.crafted.prefix
-        arrays = ArrayRecord(
-            {name: received[prefix + name] for name in self.honest if prefix + name in received}
-        )
-        content = RecordDict({"arrays": arrays, "metrics": reply.content["metrics"]})
-        return Message(content, metadata=reply.metadata)
+        received, prefix = reply.content.array_records["arrays"], self.crafted.prefix
+        own = {name: received[prefix + name] for name in self.honest if prefix + name in received}
+        return with_arrays(reply, ArrayRecord(own))
 
 
 def tensors(arrays: ArrayRecord) -> dict[str, torch.Tensor]:

@@ -30,7 +30,9 @@ class VaultRecord:
     ----------
     client, round : int
     examples : Tensor
-        ``[N, C, H, W]`` in ``[0, 1]``: the images behind the update, before any defense.
+        ``[N, C, H, W]`` in ``[0, 1]``: the images behind the update, before any defense.  Pixels
+        of 8 bits may be deposited as they are (uint8, a quarter of the size); they are read back in
+        ``[0, 1]`` all the same.
     labels : Tensor
         ``[N]`` int64.
     indices : Tensor
@@ -192,8 +194,11 @@ def _unpack(content: bytes, place: str) -> VaultRecord:
         facts = json.loads(header["__metadata__"]["record"])
         tensors = load(content)
         upload = {n.removeprefix(_UPLOAD): t for n, t in tensors.items() if n.startswith(_UPLOAD)}
+        examples = tensors["examples"]
+        if examples.dtype == torch.uint8:
+            examples = examples.float() / 255
         return VaultRecord(
-            examples=tensors["examples"],
+            examples=examples,
             labels=tensors["labels"],
             indices=tensors["indices"],
             upload=upload if facts.pop("has_upload") else None,

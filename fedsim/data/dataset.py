@@ -1,5 +1,6 @@
 """What a data set is here: two splits of images in memory, and public facts about them."""
 
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -68,14 +69,20 @@ class DataSet:
         )
 
 
-@lru_cache(maxsize=4)
 def load_dataset(expression: str) -> DataSet:
-    """Load a data set by expression, once a process.
+    """Load a data set by expression, once a process; never for attack code.
 
     Raises
     ------
     ScenarioError
         If the expression is wrong, or a file it names is missing or unreadable.
     """
+    sys.audit("fedsim.private", "the clients' data")
+    return load_once(expression)
+
+
+@lru_cache(maxsize=4)
+def load_once(expression: str) -> DataSet:
+    """Load a data set; what :func:`load_dataset` keeps."""
     dataset: DataSet = registry.build("dataset", expression, "data.dataset")
     return dataset

@@ -27,7 +27,7 @@ HOST = 2  # the one SuperNode's id; Flower's SuperLink has 1
 
 
 def run_inline(
-    scenario: Scenario, command: str, on_folder: Callable[[Path], None] = lambda path: None
+    scenario: Scenario, command: str, on_folder: Callable[[Path], None] = lambda _: None
 ) -> Path:
     """Check and run a scenario in this process; return the path of ``report.html``.
 
@@ -121,7 +121,10 @@ class InlineGrid(Grid):
         return [self.replies.pop(i) for i in list(message_ids) if i in self.replies]
 
     def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
+        self,
+        messages: Iterable[Message],
+        *,
+        timeout: float | None = None,  # noqa: ARG002 - each message has the grid's own
     ) -> Iterable[Message]:
         """Deliver, and return the replies."""
         return self.pull_messages(self.push_messages(messages))

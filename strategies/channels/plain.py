@@ -7,6 +7,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp import Grid
 
 from fedsim.channel import Channel
+from fedsim.population import Population
 from fedsim.registry import register
 
 
@@ -15,7 +16,7 @@ from fedsim.registry import register
 class Plain(Channel):
     """Nothing stands between a client and the server."""
 
-    def grid(self, inner: Grid, context: Context, timeout: float) -> Grid:
+    def grid(self, inner: Population, context: Context, timeout: float) -> Grid:  # noqa: ARG002
         """Return the grid as it is."""
         return inner
 

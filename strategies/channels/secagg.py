@@ -13,7 +13,7 @@ a 32-bit seed.  Arrays are multiplied by ``num_examples / max_weight``, clipped 
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 from flwr.app import (
@@ -28,21 +28,33 @@ from flwr.app import (
 )
 from flwr.client.mod import secaggplus_mod
 from flwr.clientapp.typing import ClientAppCallable
-from flwr.common import Code, FitIns, FitRes, Parameters, Status, parameters_to_ndarrays
-from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS
+from flwr.common import (
+    Code,
+    FitIns,
+    FitRes,
+    Parameters,
+    Scalar,
+    Status,
+    bytes_to_ndarray,
+    ndarrays_to_parameters,
+    parameters_to_ndarrays,
+)
+from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key
 from flwr.compat.common import recorddict_compat
 from flwr.server import LegacyContext
 from flwr.server.strategy import FedAvg as LegacyFedAvg
 from flwr.server.workflow import SecAggPlusWorkflow
+from flwr.server.workflow.secure_aggregation.secaggplus_workflow import WorkflowState
 from flwr.serverapp import Grid
 from pydantic import Field
 
+from fedsim import seeds
 from fedsim.channel import Channel
 from fedsim.models import is_buffer
-from fedsim.population import client_of
+from fedsim.population import Population, client_of
 from fedsim.registry import register
 
-LARGEST_SUM = 2**32  # Flower's modulus: quantized sums above it wrap around
+LARGEST_SUM = 2**32  # Flower's modulus: quantized sums that reach it wrap around
 
 
 @register("channel", "secagg")
@@ -79,14 +91,14 @@ class SecAgg(Channel):
             raise ValueError(
                 f"a cohort of {clients} has nothing to hide in; let at least 2 clients train"
             )
-        if clients * self.quantization_range > LARGEST_SUM:
-            most = LARGEST_SUM // self.quantization_range
+        if clients * self.quantization_range >= LARGEST_SUM:
+            most = (LARGEST_SUM - 1) // self.quantization_range
             raise ValueError(
                 f"the sum of {clients} clients would overflow; at most {most} clients, or a "
-                f"quantization_range of at most {LARGEST_SUM // clients}"
+                f"quantization_range of at most {(LARGEST_SUM - 1) // clients}"
             )
 
-    def grid(self, inner: Grid, context: Context, timeout: float) -> Grid:
+    def grid(self, inner: Population, context: Context, timeout: float) -> Grid:
         """Return a grid that runs the protocol for training messages."""
         return SecAggGrid(inner, context, self, timeout)
 
@@ -114,16 +126,20 @@ def _train_in_old_form(
     msg.content[RECORD_KEY_CONFIGS] = hidden
     if reply.has_error():
         raise RuntimeError(reply.error.reason)
-    num_examples = int(reply.content["metrics"]["num-examples"])
-    if num_examples > max_weight:
+    # 0-d arrays would come out of Flower's sum wrong: it adds to them out of place.
+    num_examples = cast(int, reply.content.metric_records["metrics"]["num-examples"])
+    arrays = reply.content.array_records["arrays"]
+    values = {name: np.atleast_1d(array.numpy()) for name, array in arrays.items()}
+    if broken := [name for name, array in values.items() if not np.isfinite(array).all()]:
+        raise RuntimeError(f"{broken[0]!r} holds NaN or Inf, which would spoil the sum")
+    if not 0 < num_examples <= max_weight:
         raise RuntimeError(
-            f"{num_examples} examples are more than secagg(max_weight={max_weight:g}) can weigh"
+            f"secagg(max_weight={max_weight:g}) cannot weigh {num_examples} examples: "
+            "1 to max_weight"
         )
     result = FitRes(
         status=Status(Code.OK, ""),
-        parameters=recorddict_compat.arrayrecord_to_parameters(
-            reply.content["arrays"], keep_input=True
-        ),
+        parameters=ndarrays_to_parameters(list(values.values())),
         num_examples=num_examples,
         metrics={},  # Flower carries these in the clear
     )
@@ -135,7 +151,7 @@ class _Proxy:
     node_id: int
 
 
-class _Cohort(LegacyFedAvg):  # type: ignore[misc]
+class _Cohort(LegacyFedAvg):
     """The protocol's own strategy: these nodes, and keep what comes out."""
 
     def __init__(self, node_ids: list[int]) -> None:
@@ -143,32 +159,90 @@ class _Cohort(LegacyFedAvg):  # type: ignore[misc]
         self.node_ids = node_ids
         self.results: list[tuple[Any, FitRes]] = []
 
-    def configure_fit(self, *_: Any) -> list[tuple[_Proxy, FitIns]]:
+    def configure_fit(self, *_: Any) -> Any:
         return [(_Proxy(node), FitIns(Parameters([], ""), {})) for node in self.node_ids]
 
-    def aggregate_fit(self, _: int, results: Any, failures: Any) -> tuple[None, dict[str, Any]]:
+    def aggregate_fit(self, _: int, results: Any, *__: Any) -> tuple[None, dict[str, Scalar]]:
         self.results = results
         return None, {}
 
 
-class _Workflow(SecAggPlusWorkflow):  # type: ignore[misc]
+class _Workflow(SecAggPlusWorkflow):
     """SecAgg+ whose third stage carries the strategy's own messages."""
 
     def __init__(self, contents: dict[int, RecordDict], **settings: Any) -> None:
         super().__init__(**settings)
         self.contents = contents
 
-    def setup_stage(self, grid: Grid, context: LegacyContext, state: Any) -> bool:
-        enough: bool = super().setup_stage(grid, context, state)
+    def setup_stage(self, grid: Grid, context: LegacyContext, state: WorkflowState) -> bool:
+        """Set up, and carry the strategy's messages from here on."""
+        enough = super().setup_stage(grid, context, state)
         state.nid_to_fitins = self.contents
-        return enough
+        return enough and _without_absent(state)
+
+    def share_keys_stage(self, grid: Grid, context: LegacyContext, state: WorkflowState) -> bool:
+        """Share keys."""
+        return super().share_keys_stage(grid, context, state) and _without_absent(state)
+
+
+def _without_absent(state: WorkflowState) -> bool:
+    """Go on without those who were gone before any mask was made.
+
+    Flower's workflow would ask for shares of keys that they never shared, and halt.
+    """
+    state.sampled_node_ids = set(state.active_node_ids)
+    for neighbors in state.nid_to_neighbours.values():
+        neighbors.intersection_update(state.active_node_ids)
+    return True
+
+
+def _uploads(asked: Message) -> list[dict[str, tuple[int, ...]]]:
+    """Return the names and shapes that may come back: all that was sent, or parameters only."""
+    arrays = asked.content.array_records["arrays"]
+    full = {name: tuple(array.shape) for name, array in arrays.items()}
+    return [full, {name: shape for name, shape in full.items() if not is_buffer(name)}]
+
+
+@dataclass
+class _Vetted:
+    """The grid as the workflow sees it: who breaks the protocol has failed, and is left out."""
+
+    inner: Population
+    uploads: list[dict[str, tuple[int, ...]]]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Deliver, and return the replies that the workflow can read."""
+        kept = []
+        for reply in self.inner.send_and_receive(messages, timeout=timeout):
+            if reason := self._broken(reply):
+                self.inner.ledger.fail(client_of(reply.metadata.src_node_id), reason)
+            else:
+                kept.append(reply)
+        return kept
+
+    def _broken(self, reply: Message) -> str | None:
+        told = reply.content.config_records.get(RECORD_KEY_CONFIGS)
+        if told is None:
+            return "its reply is not of the secure aggregation protocol"
+        if Key.MASKED_PARAMETERS not in told:
+            return None
+        try:
+            masked = cast(list[bytes], told[Key.MASKED_PARAMETERS])
+            _, *shapes = [bytes_to_ndarray(one).shape for one in masked]
+        except (ValueError, EOFError) as error:
+            return f"its masked upload cannot be read: {error}"
+        fitting = [u for u in self.uploads if [s or (1,) for s in u.values()] == shapes]
+        self.uploads = fitting or self.uploads  # what the first client sends, all send
+        return None if fitting else "its masked upload has arrays missing, or of wrong shapes"
 
 
 @dataclass
 class SecAggGrid(Grid):
     """Answers a round of training with one message: the weighted mean of all uploads."""
 
-    inner: Grid
+    inner: Population
     context: Context
     settings: SecAgg
     timeout: float
@@ -197,26 +271,30 @@ class SecAggGrid(Grid):
         config = ConfigRecord({"current_round": self.rounds})
         state = RecordDict({"config": config, "parameters": ArrayRecord()})
         plain = Context(self.context.run_id, self.context.node_id, {}, state, {})
-        workflow(self.inner, LegacyContext(plain, strategy=cohort))
+        # Flower shuffles who is whose neighbor: a round that clients drop out of must repeat too.
+        seed = seeds.derive(cast(int, self.context.run_config["seed"]), "secagg", self.rounds)
+        vetted = cast(Grid, _Vetted(self.inner, _uploads(messages[0])))
+        with seeds.seeded_globals(seed):
+            workflow(vetted, LegacyContext(plain, strategy=cohort))
         if not cohort.results:
+            self.inner.ledger.fail(
+                None, f"secure aggregation halted: too few of {len(messages)} clients were left"
+            )
             return []
         return [self._aggregate(messages[0], cohort)]
 
     def _aggregate(self, asked: Message, cohort: _Cohort) -> Message:
         arrays = parameters_to_ndarrays(cohort.results[0][1].parameters)
-        names = list(asked.content["arrays"])
-        if len(arrays) < len(names):  # clients keep their BatchNorm statistics to themselves
-            names = [name for name in names if not is_buffer(name)]
+        shapes = next(upload for upload in _uploads(asked) if len(upload) == len(arrays))
         total = sum(result.num_examples for _, result in cohort.results)
         senders = sorted(client_of(proxy.node_id) for proxy, _ in cohort.results)
+        mean = {
+            name: Array(np.asarray(array).reshape(shape))
+            for (name, shape), array in zip(shapes.items(), arrays, strict=True)
+        }
         content = RecordDict(
             {
-                "arrays": ArrayRecord(
-                    {
-                        name: Array(np.asarray(array))
-                        for name, array in zip(names, arrays, strict=True)
-                    }
-                ),
+                "arrays": ArrayRecord(mean),
                 "metrics": MetricRecord({"num-examples": total}),
                 "senders": ConfigRecord({"clients": senders}),
             }
@@ -247,10 +325,10 @@ class SecAggGrid(Grid):
         """Pass on."""
         return self.inner.create_message(content, message_type, dst_node_id, group_id, ttl)
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+    def push_messages(self, _: Iterable[Message]) -> Iterable[str]:
         """Refuse: a single push would bypass the protocol."""
         raise RuntimeError("behind secure aggregation use send_and_receive")
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+    def pull_messages(self, _: Iterable[str]) -> Iterable[Message]:
         """Refuse: a single pull would bypass the protocol."""
         raise RuntimeError("behind secure aggregation use send_and_receive")
