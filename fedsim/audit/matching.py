@@ -1,7 +1,12 @@
 """Which candidate is meant to be which private image.
 
-One-to-one within a view (Hungarian method on the mean squared error), against every private image
-behind that view; one matching serves all metrics.  Over views, an image keeps its best match.
+One-to-one within a view (Hungarian method), against every private image behind that view; one
+matching serves all metrics.  Over views, an image keeps its best match.
+
+The cost of a pair is the logarithm of its mean squared error, so the matching of the best mean
+PSNR wins.  The plain error would give leaks away: squares prefer two middling pairs to one perfect
+and one hopeless pair (a dark image returned exactly, beside a black candidate for a bright image,
+goes to the bright one).
 """
 
 from collections.abc import Sequence
@@ -15,6 +20,7 @@ from fedsim.audit.metrics import clamped
 from fedsim.audit.vault import VaultRecord
 
 _CHUNK = 1024
+_SMALLEST = 1e-14
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ def errors(candidates: Tensor, truths: Tensor) -> Tensor:
 
 
 def match(candidates: Tensor, truths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Match candidates to truths one to one, the smaller side whole, at least total error.
+    """Match candidates to truths one to one, the smaller side whole, at the best mean PSNR.
 
     Returns
     -------
@@ -111,7 +117,8 @@ def match(candidates: Tensor, truths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from scipy.optimize import linear_sum_assignment
 
     cost = errors(candidates, truths)
-    rows, columns = (torch.as_tensor(np.asarray(x)) for x in linear_sum_assignment(cost.numpy()))
+    logarithm = cost.clamp_min(_SMALLEST).log().numpy()
+    rows, columns = (torch.as_tensor(np.asarray(x)) for x in linear_sum_assignment(logarithm))
     return rows, columns, cost[rows, columns]
 
 

@@ -122,14 +122,18 @@ def idle_defense(parts: Sequence[DefensePart], federation: Mapping[str, Any]) ->
     return None
 
 
+def sent_modified(federation: Mapping[str, Any]) -> bool:
+    """Say whether any client was really sent a manipulated model."""
+    return any(_SENT.search(receipt) for receipt in federation.get("receipts") or [])
+
+
 def idle_attack(
     name: str, saved: tuple[Reconstruction, Facts] | None, federation: Mapping[str, Any]
 ) -> str | None:
     """Say in what way an attack that was switched on did nothing."""
     kind = components("attack").get(name)
     manipulates = isinstance(kind, type) and issubclass(kind, Manipulation)
-    receipts = federation.get("receipts") or []
-    if manipulates and not any(_SENT.search(receipt) for receipt in receipts):
+    if manipulates and not sent_modified(federation):
         return f"attack {name!r} manipulates the model, yet no client was sent a modified one"
     if saved is None:
         return f"attack {name!r} left no reconstruction"

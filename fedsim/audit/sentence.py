@@ -22,7 +22,7 @@ def verdict(
     if stopped:
         sentences.append(f"This run is not whole: {stopped}.")
     if leak is None:
-        sentences.append(f"There is nothing to judge: {reason}.")
+        sentences.append(f"There is no leak to judge: {reason}.")
         return " ".join(sentences)
     sentences.append(_came_back(leak, criterion))
     if leak.floor is not None:

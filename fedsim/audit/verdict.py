@@ -128,7 +128,7 @@ def _leak(
 ) -> tuple[Leak, list[Example]]:
     """Measure the leak, adding to ``notes`` what a reader should know; or say why not."""
     if saved is None:
-        honest = "no attack was made: the server was honest"
+        honest = "the server was honest and made no attack"
         raise _NothingToJudge(honest if run.attack is None else "there is no reconstruction")
     reconstruction, facts, _ = saved
     private = _private(facts, records, notes)
@@ -281,11 +281,14 @@ def _examples(
 
 def _threat_model(run: Run, saved: Saved | None) -> ThreatModel:
     letter = str(run.scenario.get("threat-model", "A"))
+    used = set(saved[1].used) if saved else set()
+    if receipts.sent_modified(run.federation):
+        used.add(Capability.MANIPULATION.value)
     return ThreatModel(
         letter=letter,
         name=NAMES.get(letter, "unknown"),
         granted=[c.value for c in Capability if c in THREAT_MODELS.get(letter, ())],
-        used=sorted(saved[1].used) if saved else [],
+        used=[c.value for c in Capability if c.value in used],
         oracles=sorted(saved[1].oracles) if saved else [],
     )
 

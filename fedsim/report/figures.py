@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from markupsafe import Markup, escape
 
 from fedsim.audit.schema import CurvePoint, Leak
+from fedsim.audit.sentence import percent
 
 WIDTH, HEIGHT = 360, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 26, 40
@@ -50,25 +51,29 @@ def _axes(ticks: Sequence[tuple[float, str]], label: str, rates: Sequence[float]
 
 def share_bar(leak: Leak) -> Markup:
     """Draw the leak rate as a bar with its interval and the mark of a guess."""
-    height, top, thick = 62, 8, 22
+    top, thick, wide = 8, 20, WIDTH - 4
     low, high = leak.interval
+
+    def at(share: float) -> float:
+        return round(2 + share * wide, 1)
+
     middle = top + thick / 2
     body = [
-        f'<rect class="track" x="{_x(0)}" y="{top}" width="{_x(1) - _x(0)}" height="{thick}"/>',
-        f'<rect class="leaked" x="{_x(0)}" y="{top}" '
-        f'width="{round(_x(leak.leak_rate) - _x(0), 1)}" height="{thick}"/>',
-        f'<path class="whisker" d="M{_x(low)} {middle}H{_x(high)}'
-        f'M{_x(low)} {middle - 5}v10M{_x(high)} {middle - 5}v10"/>',
+        f'<rect class="track" x="2" y="{top}" width="{wide}" height="{thick}"/>',
+        f'<rect class="leaked" x="2" y="{top}" width="{round(leak.leak_rate * wide, 1)}" '
+        f'height="{thick}"/>',
+        f'<path class="whisker" d="M{at(low)} {middle}H{at(high)}'
+        f'M{at(low)} {middle - 5}v10M{at(high)} {middle - 5}v10"/>',
     ]
-    words = (
-        f"{100 * leak.leak_rate:.0f} % leaked, 95 % interval {100 * low:.0f} to {100 * high:.0f} %"
-    )
+    words = f"{percent(leak.leak_rate)} leaked, 95 % interval {percent(low)} to {percent(high)}"
     if leak.floor is not None:
-        x = _x(leak.floor.leak_rate)
+        x = at(leak.floor.leak_rate)
         body.append(f'<path class="floor" d="M{x} {top - 6}v{thick + 12}"/>')
-        words += f", a guess gets {100 * leak.floor.leak_rate:.0f} %"
-    body += [_text(_x(s), top + thick + 18, f"{100 * s:.0f} %", "tick") for s in (0, 0.5, 1)]
-    return _svg(body, words, height)
+        words += f", a guess gets {percent(leak.floor.leak_rate)}"
+    for share, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
+        label = f"{100 * share:.0f} %"
+        body.append(_text(at(share), top + thick + 19, label, "tick", anchor))
+    return _svg(body, words, top + thick + 24)
 
 
 def histogram(
@@ -99,7 +104,7 @@ def histogram(
         if share:
             left, right, y = _x(at / bins), _x((at + 1) / bins), _y(share / rates[-1])
             body.append(
-                f'<rect class="leaked" x="{left + 0.5}" y="{y}" '
+                f'<rect class="bar" x="{left + 0.5}" y="{y}" '
                 f'width="{round(right - left - 1, 1)}" height="{round(_y(0) - y, 1)}"/>'
             )
     title = f"Distribution of {label} over {len(values)} images"

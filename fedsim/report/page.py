@@ -29,6 +29,7 @@ def render(report: Report, pairs: Pairs) -> str:
         "count": words.count,
         "share": words.share,
         "arguments": words.arguments,
+        "unbroken": words.unbroken,
         "capitalize_first": lambda text: text[:1].upper() + text[1:],
     }
     times = report.federation.round_seconds
@@ -55,8 +56,10 @@ def render(report: Report, pairs: Pairs) -> str:
 
 
 def _mood(report: Report) -> str:
-    """Color of the verdict: an alarm, an all-clear, or neither where it proves nothing."""
-    if report.failed or report.stopped or report.leak is None:
+    """Color of the verdict: it leaks, it holds, it must not be believed, or nothing was judged."""
+    if report.failed or report.stopped:
+        return "broken"
+    if report.leak is None:
         return ""
     above = report.leak.floor is None or report.leak.leak_rate > report.leak.floor.leak_rate
     return "leaks" if report.leak.leaked and above else "holds"
@@ -77,7 +80,7 @@ def _leak_figures(report: Report, leak: Leak) -> dict[str, Any]:
             psnr,
             low=0,
             high=60,
-            bins=20,
+            bins=30,
             label="PSNR (dB)",
             floor=floor.psnr.mean if floor else None,
             open_end=True,

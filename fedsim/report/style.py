@@ -5,13 +5,13 @@ STYLE = """
   color-scheme: light dark;
   --ground: #f4f5f7; --sheet: #ffffff; --ink: #1b1f24; --quiet: #4f5865; --line: #d4d8de;
   --leak: #b3261e; --leak-soft: #fbe9e7; --safe: #1c6b3f; --safe-soft: #e6f4ea;
-  --warn: #7a4f00; --warn-soft: #fdf1d8; --link: #0b57a4;
+  --warn: #7a4f00; --warn-soft: #fdf1d8; --link: #0b57a4; --bar: #3f6c9c;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --ground: #121519; --sheet: #1b2026; --ink: #e9ecef; --quiet: #adb5bf; --line: #39414b;
     --leak: #ff8f84; --leak-soft: #3a1f1d; --safe: #7fd6a0; --safe-soft: #17301f;
-    --warn: #f2c46d; --warn-soft: #352a12; --link: #8ec1ff;
+    --warn: #f2c46d; --warn-soft: #352a12; --link: #8ec1ff; --bar: #7fa8d6;
   }
 }
 * { box-sizing: border-box; }
@@ -34,6 +34,7 @@ section {
 .verdict { border-left: 6px solid var(--quiet); }
 .verdict.leaks { border-left-color: var(--leak); }
 .verdict.holds { border-left-color: var(--safe); }
+.verdict.broken { border-left-color: var(--warn); background: var(--warn-soft); }
 .verdict > p:first-of-type { font-size: 1.2rem; line-height: 1.45; }
 .alarm {
   background: var(--warn-soft); color: var(--ink); border-left: 6px solid var(--warn);
@@ -66,10 +67,12 @@ th, td { text-align: left; vertical-align: top; padding: 6px 14px 6px 0;
   border-bottom: 1px solid var(--line); }
 thead th { color: var(--quiet); font-weight: 600; }
 tbody th { font-weight: 600; }
+th .quiet { font-weight: 400; }
+.meaning { display: inline-block; margin-left: 6px; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 .no { color: var(--quiet); }
-.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 14px;
-  padding: 0; margin: 12px 0 4px; list-style: none; }
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr));
+  gap: 16px 14px; padding: 0; margin: 12px 0 4px; list-style: none; }
 .pairs figure { margin: 0; }
 .pairs .both { display: grid; grid-template-columns: 1fr 1fr; gap: 3px; }
 .pairs img, .pairs .none { width: 100%; aspect-ratio: 1; object-fit: contain; display: block;
@@ -77,16 +80,19 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 .pairs .none { display: grid; place-items: center; color: var(--quiet); font-size: .8rem;
   border: 1px dashed var(--line); text-align: center; }
 .pairs figcaption { font-size: .82rem; line-height: 1.35; margin-top: 4px; }
+.pairs figcaption > span { display: block; }
+.pairs figcaption .badge { font-size: .76rem; padding: 0 7px; line-height: 1.3rem; }
 .pairs figcaption strong { color: var(--ink); }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr));
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 290px), 1fr));
   gap: 18px 28px; }
 .charts figure { margin: 0; }
 svg { width: 100%; max-width: 520px; height: auto; display: block; }
-svg text { fill: var(--ink); font-size: 11px; }
+svg text { fill: var(--ink); font-size: 12px; }
 svg .tick { fill: var(--quiet); }
 svg .grid { stroke: var(--line); stroke-width: 1; }
 svg .track { fill: var(--line); }
 svg .leaked { fill: var(--leak); }
+svg .bar { fill: var(--bar); }
 svg .whisker { stroke: var(--ink); stroke-width: 1.6; fill: none; }
 svg .curve { stroke: var(--leak); stroke-width: 2.4; fill: none; }
 svg .floor { stroke: var(--ink); stroke-width: 1.8; stroke-dasharray: 5 3; }

@@ -28,12 +28,15 @@ PAGE = """<!doctype html>
 {% else %}<div class="none">no candidate</div>{% endif %}
 </div>
 <figcaption>
-<span class="badge {{ 'leaked' if pair.example.leaked else 'safe' }}">\
-{{ 'leaked' if pair.example.leaked else 'not leaked' }}</span>
-{% if pair.recovered %}<strong>{{ pair.example.psnr | decibel }}</strong>, \
-SSIM {{ '%.2f' | format(pair.example.ssim) }}{% if pair.example.lpips is not none %}, \
-LPIPS {{ '%.2f' | format(pair.example.lpips) }}{% endif %}<br>{% endif %}
-client {{ pair.example.client }}, image {{ pair.example.index }}, {{ pair.label }}
+<span><b class="badge {{ 'leaked' if pair.example.leaked else 'safe' }}">\
+{{ 'leaked' if pair.example.leaked else 'not leaked' }}</b>\
+{% if pair.recovered %} <strong>{{ pair.example.psnr | decibel | unbroken }}</strong>{% endif %}\
+</span>
+{% if pair.recovered %}<span>SSIM {{ '%.2f' | format(pair.example.ssim) }}\
+{% if pair.example.lpips is not none %}, LPIPS {{ '%.2f' | format(pair.example.lpips) }}\
+{% endif %}</span>{% endif %}
+<span>client {{ pair.example.client }}, image {{ pair.example.index }}</span>
+<span>{{ pair.label }}</span>
 </figcaption>
 </figure></li>
 {% endfor %}
@@ -48,7 +51,7 @@ client {{ pair.example.client }}, image {{ pair.example.index }}, {{ pair.label 
 
 <section class="verdict {{ mood }}" aria-labelledby="verdict">
 <h2 id="verdict">Verdict</h2>
-<p>{{ report.verdict }}</p>
+<p>{{ report.verdict | unbroken }}</p>
 {% for oracle in report.threat_model.oracles %}
 <span class="badge oracle">oracle: {{ oracle }}</span>
 {% endfor %}
@@ -58,7 +61,8 @@ client {{ pair.example.client }}, image {{ pair.example.index }}, {{ pair.label 
 {% if leak.floor %}; dashed line: what a guess gets{% endif %}.</p>
 <dl class="facts">
 <div><dt>Typical closeness</dt><dd>{{ leak.psnr.median | decibel }}\
-<small>median PSNR; {% if leak.floor %}a guess gets {{ leak.floor.psnr.median | decibel }}\
+<small>median PSNR; {% if leak.floor %}a guess gets \
+{{ leak.floor.psnr.median | decibel | unbroken }}\
 {% else %}no guess to compare with{% endif %}</small></dd></div>
 <div><dt>Back exactly</dt><dd>{{ leak.exact | count }}<small>of \
 {{ leak.private_examples | count }} images, within rounding</small></dd></div>
@@ -68,6 +72,14 @@ client {{ pair.example.client }}, image {{ pair.example.index }}, {{ pair.label 
 <small>{% if accuracy.baseline_after is not none %}without attack and defenses \
 {{ accuracy.baseline_after | share }}{% else %}before {{ accuracy.before | share }}{% endif %}\
 </small></dd></div>
+</dl>
+{% else %}
+<dl class="facts">
+<div><dt>Rounds done</dt><dd>{{ federation.rounds_done | count }}\
+<small>of {{ federation.rounds | count }}, with {{ federation.clients | count }} clients</small>\
+</dd></div>
+<div><dt>Accuracy before training</dt><dd>{{ accuracy.before | share }}</dd></div>
+<div><dt>Accuracy after training</dt><dd>{{ accuracy.after | share }}</dd></div>
 </dl>
 {% endif %}
 {% for note in report.notes %}<p class="alarm">Note: {{ note }}.</p>{% endfor %}
@@ -89,8 +101,8 @@ client {{ pair.example.client }}, image {{ pair.example.index }}, {{ pair.label 
 {% for name, meaning in capabilities.items() %}
 {% set granted = name in report.threat_model.granted %}
 {% set used = name in report.threat_model.used %}
-<tr{% if not granted %} class="no"{% endif %}><th scope="row">{{ name }}<br>\
-<span class="quiet">{{ meaning }}</span></th>\
+<tr{% if not granted %} class="no"{% endif %}><th scope="row">{{ name }} \
+<span class="quiet meaning">{{ meaning }}</span></th>\
 <td>{{ 'yes' if granted else 'no' }}</td>\
 <td>{{ 'yes' if used else 'no' if granted else '–' }}</td></tr>
 {% endfor %}

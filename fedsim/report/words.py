@@ -1,5 +1,6 @@
 """Figures and facts in words for people."""
 
+import re
 from typing import Any
 
 from fedsim.audit.sentence import percent
@@ -45,7 +46,9 @@ def decibel(value: float | None) -> str:
     """Say a PSNR; at the cap of 200 dB two images are the same."""
     if value is None:
         return "none"
-    return "identical" if value >= 200 else f"{value:.1f} dB"
+    if value >= 200:
+        return "identical"
+    return f"{value:.1f} dB" if value < 60 else f"{value:.0f} dB"
 
 
 def figure(value: float | None) -> str:
@@ -66,3 +69,8 @@ def share(value: float | None) -> str:
 def arguments(parameters: dict[str, Any]) -> str:
     """Say parameters as a scenario writes them."""
     return ", ".join(f"{name}={value!r}" for name, value in parameters.items()) or "defaults"
+
+
+def unbroken(text: str) -> str:
+    """Keep a figure and its unit or sign on one line."""
+    return re.sub(r"(?<=[\d≥≤<>]) (?=%|dB|\d)", "\u00a0", text)
