@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
@@ -134,8 +135,8 @@ def png(image: Tensor, scale: int = 1) -> bytes:
 
     Values outside the range are clamped; what is not a number is black.
     """
-    pixels = torch.nan_to_num(image.detach().float(), nan=0.0).clamp(0, 1).mul(255).round()
-    array = pixels.to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
+    pixels = np.nan_to_num(image.detach().float().cpu().numpy(), nan=0.0).clip(0, 1)
+    array = np.ascontiguousarray((pixels * 255).round().astype(np.uint8).transpose(1, 2, 0))
     picture = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array[:, :, :3])
     if scale > 1:
         size = (picture.width * scale, picture.height * scale)

@@ -1,6 +1,7 @@
 """How much of the private data came back."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from fedsim.audit.matching import PrivateSet, best_matches
 from fedsim.audit.metrics import METRICS
 
 EXACT = 1e-10
+_CHUNK = 256
 THRESHOLDS = tuple(range(61))
 
 
@@ -55,17 +57,28 @@ class Scores:
         return float((self.values["psnr"] >= threshold).double().mean())
 
 
-def score(candidates: Tensor, views: Tensor, private: PrivateSet, criterion: Criterion) -> Scores:
-    """Match candidates ``[M, C, H, W]`` to the private images and measure every pair."""
+def score(
+    candidates: Tensor,
+    views: Tensor,
+    private: PrivateSet,
+    criterion: Criterion,
+    metrics: Collection[str] = tuple(METRICS),
+) -> Scores:
+    """Match candidates ``[M, C, H, W]`` to the private images and measure every pair.
+
+    ``metrics`` names what to measure; LPIPS is left out where its weights are not at hand.
+    """
     chosen, source = best_matches(candidates, views, private)
     matched = chosen >= 0
     pairs = candidates[chosen[matched]], private.images[matched]
     values = {}
-    for name, metric in METRICS.items():
+    for name in metrics:
         if name == "lpips" and perceptual.unavailable():
             continue
         values[name] = torch.full((len(private),), torch.nan, dtype=torch.float64)
-        values[name][matched] = metric.function(*pairs)
+        parts = zip(*(torch.split(side, _CHUNK) for side in pairs), strict=True)
+        measured = [METRICS[name].function(a, b) for a, b in parts]
+        values[name][matched] = torch.cat(measured)
     return Scores(chosen, source, values, criterion.holds(values))
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from fedsim.audit import perceptual
 
 PSNR_CAP = 200.0
+_SIGMA, _REACH = 1.5, 5
+_C1, _C2 = 0.01**2, 0.03**2
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,30 @@ def ssim(candidates: Tensor, truths: Tensor) -> Tensor:
     Wang et al. 2004: Gaussian window of 11 pixels (sigma 1.5), range 1, mean over all pixels and
     channels; images are reflected at their borders, so they need at least 6 pixels a side.
     """
-    from torchmetrics.functional.image import structural_similarity_index_measure
+    height, width = candidates.shape[-2:]
+    rows, columns = _window(height), _window(width).T
+    x, y = clamped(candidates), clamped(truths)
+    mean_x, mean_y = rows @ x @ columns, rows @ y @ columns
+    variance_x = (rows @ (x * x) @ columns - mean_x * mean_x).clamp_min(0)
+    variance_y = (rows @ (y * y) @ columns - mean_y * mean_y).clamp_min(0)
+    covariance = rows @ (x * y) @ columns - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + _C1) / (mean_x * mean_x + mean_y * mean_y + _C1)
+    structure = (2 * covariance + _C2) / (variance_x + variance_y + _C2)
+    return (luminance * structure).flatten(1).mean(dim=1)
 
-    if len(candidates) == 0:
-        return torch.zeros(0, dtype=torch.float64)
-    value: Tensor = structural_similarity_index_measure(
-        clamped(candidates), clamped(truths), sigma=1.5, data_range=1.0, reduction="none"
-    )
-    return value.reshape(-1).double()
+
+def _window(side: int) -> Tensor:
+    """Return the Gaussian window with reflected borders as a matrix ``[side, side]``.
+
+    The window is separable, and two small products are far faster in float64 than a convolution.
+    """
+    taps = torch.arange(-_REACH, _REACH + 1, dtype=torch.float64)
+    weights = torch.exp(-taps.square() / (2 * _SIGMA**2))
+    weights /= weights.sum()
+    places = (torch.arange(side).unsqueeze(1) + taps.long()).abs()
+    places = torch.where(places >= side, 2 * (side - 1) - places, places)
+    window = torch.zeros(side, side, dtype=torch.float64)
+    return window.scatter_add_(1, places, weights.expand(side, -1))
 
 
 METRICS = {

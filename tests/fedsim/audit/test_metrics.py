@@ -71,6 +71,15 @@ def test_ssim_is_the_papers_formula_done_slowly(side):
     assert ssim(a, b).tolist() == pytest.approx(slow, abs=1e-9)
 
 
+def test_ssim_is_that_of_torchmetrics():
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    a = torch.rand(3, 3, 20, 33, generator=GENERATOR, dtype=torch.float64)
+    b = (a + 0.1 * torch.randn(a.shape, generator=GENERATOR, dtype=torch.float64)).clamp(0, 1)
+    theirs = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
+    assert torch.allclose(ssim(a, b), theirs, atol=1e-9)
+
+
 def test_every_metric_gets_worse_with_noise():
     noise = torch.randn(IMAGES.shape, generator=GENERATOR)
     for name in ("psnr", "ssim", "mse"):

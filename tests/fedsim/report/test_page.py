@@ -162,7 +162,6 @@ def test_nothing_from_a_scenario_or_a_client_becomes_markup(tmp_path):
     _, path, page = written(build(tmp_path / "run", **DEFENDED))
     assert HOSTILE in page.text
     assert "<script" not in path.read_text()
-    assert "49" not in page.all("title")
 
 
 def test_shown_pictures_are_the_private_images_themselves(tmp_path):
@@ -252,7 +251,8 @@ addEventListener("load", () => {
   const wide = [...document.querySelectorAll("main *")].filter(
     (part) => part.getBoundingClientRect().right > innerWidth + 1 && !part.closest(".table, pre"));
   document.body.dataset.probe = JSON.stringify({
-    overflow: page.scrollWidth - page.clientWidth, wide: wide.map((part) => part.outerHTML).slice(0, 3),
+    overflow: page.scrollWidth - page.clientWidth,
+    wide: wide.map((part) => part.outerHTML).slice(0, 3),
     broken: [...document.images].filter((image) => !image.naturalWidth).length,
     images: document.images.length, ink: getComputedStyle(document.body).color,
     ground: getComputedStyle(document.body).backgroundColor,
