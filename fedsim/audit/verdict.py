@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedsim.attack import Reconstruction
 from fedsim.audit import perceptual, receipts
+from fedsim.audit.aggregate import aggregation_cost
 from fedsim.audit.criterion import Criterion, parse_criterion
 from fedsim.audit.floor import GuessScores, floor
 from fedsim.audit.leak import EXACT, THRESHOLDS, Scores, label_accuracy, score, wilson
@@ -310,6 +311,9 @@ def _federation(run: Run) -> FederationPart:
         Failure(round=f.get("round"), client=f.get("client"), reason=str(f.get("reason")))
         for f in found.get("failures") or []
     ]
+    channel = kept.get("channel", {})
+    if "max_weight" in channel:
+        kept["channel"] = {**channel, **aggregation_cost(run.folder, channel)}
     return FederationPart(**kept, accuracy=Accuracy(**accuracy), failures=failures)
 
 

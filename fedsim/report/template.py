@@ -274,6 +274,12 @@ defense.epsilon.mechanism] | select | join(', ') }}</span>\
 <h3>Channel</h3>
 <p>{{ channel_name }}{% for name, value in channel_figures.items() %}, \
 {{ name | replace('_', ' ') }} {{ value }}{% endfor %}</p>
+{% if federation.channel.relative_error is defined %}
+<p>Clipping and rounding cost this much: the sum that the server got differs from the exact one by \
+{{ '%.2g' | format(federation.channel.relative_error) }} of its norm (relative error), and \
+{{ '%.2g' | format(100 * federation.channel.clipped_share) }} % of the uploaded values were \
+clipped.</p>
+{% endif %}
 <h3>Failures</h3>
 {% if federation.failures %}
 <ul class="plain">

@@ -9,7 +9,6 @@ takes the same steps for the same clients in the same process, without any feder
 import argparse
 import json
 import logging
-import os
 import statistics
 import tempfile
 import time
@@ -22,7 +21,7 @@ from fedsim.models import load_arrays, travelling
 from fedsim.parts import Parts
 from fedsim.scenario import Scenario
 
-CLIENTS, ROUNDS = 8, 6
+CLIENTS, ROUNDS, TURNS = 8, 6, 3
 LOCAL = "fedavg(epochs=1, batch_size=32, lr=0.02)"
 
 
@@ -32,6 +31,7 @@ def scenario(model: str, out: str) -> Scenario:
             "title": "round overhead",
             "federation.clients": CLIENTS,
             "federation.rounds": ROUNDS,
+            "federation.threads": 1,
             "federation.local": LOCAL,
             "model.name": model,
             "output.dir": out,
@@ -89,19 +89,20 @@ def main() -> None:
     arguments.add_argument("--engine", choices=("inline", "simulation"), default="inline")
     arguments.add_argument("--model", default="convnet")
     chosen = arguments.parse_args()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(1)
     parts = Parts(scenario(chosen.model, "runs"))
-    # In turn: plain, federated, plain; so that a machine that slows down slows both.
-    before = plain_rounds(parts)
-    federated = federated_rounds(chosen.engine, chosen.model)
-    after = plain_rounds(parts)
-    plain = statistics.median([*before[1:], *after[1:]])
-    round_seconds = statistics.median(federated[1:])
-    print(f"{chosen.model}, {CLIENTS} clients, {LOCAL}, {os.cpu_count()} cores")
-    print(f"plain PyTorch loop        {plain:8.3f} s a round")
-    print(f"{chosen.engine:10} first round   {federated[0]:8.3f} s")
-    print(f"{chosen.engine:10} median after  {round_seconds:8.3f} s a round")
-    print(f"ratio                     {round_seconds / plain:8.2f}")
+    plain: list[float] = []
+    federated: list[float] = []
+    for _ in range(TURNS):  # in turn, so that a machine that slows down slows both
+        plain += plain_rounds(parts)[1:]
+        first, *later = federated_rounds(chosen.engine, chosen.model)
+        federated += later
+    loop, rounds = statistics.median(plain), statistics.median(federated)
+    print(f"{chosen.model}, {CLIENTS} clients, {LOCAL}, one thread")
+    print(f"plain PyTorch loop        {loop:8.3f} s a round ({min(plain):.3f} to {max(plain):.3f})")
+    print(f"{chosen.engine:10} first round   {first:8.3f} s")
+    print(f"{chosen.engine:10} median after  {rounds:8.3f} s ({min(federated):.3f} to {max(federated):.3f})")
+    print(f"ratio of medians          {rounds / loop:8.2f}")
 
 
 if __name__ == "__main__":
