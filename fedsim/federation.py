@@ -6,8 +6,10 @@ strategy expects: full weights), and the Flower strategy itself.
 """
 
 import copy
+import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from logging import WARNING
 from typing import Any, cast
 
@@ -30,7 +32,7 @@ from fedsim.spool import lazily
 _OURS = {
     "fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes",
     "min_available_nodes", "weighted_by_key", "arrayrecord_key", "configrecord_key",
-    "train_metrics_aggr_fn", "evaluate_metrics_aggr_fn",
+    "train_metrics_aggr_fn", "evaluate_metrics_aggr_fn", "selection_rule",
 }  # fmt: skip
 
 
@@ -62,18 +64,31 @@ def build_strategy(expression: str, fraction: float) -> Strategy:
     if taken := sorted(_OURS & found[0].arguments.keys()):
         remedy = "the range sets this itself (federation.fraction says who trains)"
         raise ScenarioError(f"{key}: {taken[0]}", found[0].arguments[taken[0]], remedy)
-    arguments = registry.check_arguments(strategy, found[0], key)
+    arguments = registry.check_arguments(strategy, found[0], key, ours=_OURS)
     try:
-        built: Strategy = strategy(
-            **arguments,
-            fraction_train=fraction,
-            fraction_evaluate=0.0,
-            min_train_nodes=1,
-            min_available_nodes=1,
-        )
+        with _no_warnings():
+            built: Strategy = strategy(
+                **arguments,
+                fraction_train=fraction,
+                fraction_evaluate=0.0,
+                min_train_nodes=1,
+                min_available_nodes=1,
+            )
         return built
     except (TypeError, ValueError) as error:
         raise ScenarioError(key, expression, str(error)) from error
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Keep Flower from warning of what the range wants: it evaluates on the server."""
+    logger = logging.getLogger("flwr")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def unfit_strategy(strategy: Strategy, kind: str, cohort: int, aggregates: bool) -> str | None:

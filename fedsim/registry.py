@@ -19,7 +19,7 @@ import importlib.metadata
 import inspect
 import pkgutil
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeVar
@@ -200,13 +200,18 @@ _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=Fa
 
 
 def check_arguments(
-    component: Callable[..., Any], expression: Expression, key: str, *, skip: int = 0
+    component: Callable[..., Any],
+    expression: Expression,
+    key: str,
+    *,
+    skip: int = 0,
+    ours: Collection[str] = (),
 ) -> dict[str, Any]:
     """Check an expression's arguments against a callable's signature and annotations.
 
-    The first ``skip`` parameters are the range's own and not for scenarios.
+    The first ``skip`` parameters, and those in ``ours``, are the range's own: not for scenarios.
     """
-    parameters = settable(component, skip)
+    parameters = {n: p for n, p in settable(component, skip).items() if n not in ours}
     hints = typing.get_type_hints(
         component.__init__ if inspect.isclass(component) else component, include_extras=True
     )

@@ -1,0 +1,19 @@
+"""Every test has a home of its own, no network, and few threads."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FEDSIM_AUDITOR_PUBLIC_KEY", "FEDSIM_AUDITOR_KEY_FILE", "FEDSIM_SECRET_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FEDSIM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("FEDSIM_OFFLINE", "1")
