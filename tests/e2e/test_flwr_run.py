@@ -1,0 +1,63 @@
+"""The README's plain `flwr run`, as documented."""
+
+import contextlib
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fedsim.engines.simulation import _free_port
+from tests.e2e.deployment import ROOT, tool
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+# What the README tells users to set, and why.
+DOCUMENTED = {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "FLWR_TELEMETRY_ENABLED": "0"}
+
+
+@contextlib.contextmanager
+def local_superlink(flwr_home: Path, port: int):
+    """Give `flwr run` a machine of its own, and end the SuperLink that it leaves behind."""
+    environment = {
+        **os.environ,
+        **DOCUMENTED,
+        "FLWR_HOME": str(flwr_home),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port),
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+    }
+    try:
+        yield environment
+    finally:
+        ours = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("FLWR_HOME") == str(flwr_home):
+                    ours.append(process)
+        for process in ours:
+            with contextlib.suppress(psutil.Error):
+                process.terminate()
+        for process in psutil.wait_procs(ours, timeout=20)[1]:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+
+def test_plain_flwr_run_writes_the_report_where_the_readme_says(
+    tmp_path: Path, fedsim_home: Path
+) -> None:
+    flwr_home = tmp_path / "flwr"
+    flwr_home.mkdir()
+    with local_superlink(flwr_home, _free_port()) as environment:
+        done = subprocess.run(
+            [tool("flwr"), "run", ".", "--run-config", "scenarios/quickstart.toml", "--stream"],
+            cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    pages = list((fedsim_home / "runs").glob("*quick-start*/report.html"))
+    assert len(pages) == 1, done.stdout + done.stderr
+    assert str(pages[0]) in done.stdout
+    assert "federation 1/1 rounds" in done.stdout
+    report = json.loads((pages[0].parent / "report.json").read_text())
+    assert report["federation"]["engine"] == "simulation"
+    assert report["leak"]["leak_rate"] > 0.8
