@@ -66,7 +66,8 @@ PAGE = """<!doctype html>
 {% else %}no guess to compare with{% endif %}</small></dd></div>
 <div><dt>Back exactly</dt><dd>{{ leak.exact | count }}<small>of \
 {{ leak.private_examples | count }} images, within rounding</small></dd></div>
-<div><dt>Labels recovered</dt><dd>{{ leak.label_accuracy | share }}\
+<div><dt>Labels recovered</dt><dd>{% if leak.label_accuracy is none %}none{% else %}\
+{{ leak.label_accuracy | share }}{% endif %}\
 <small>{{ leak.label_accuracy_reason or 'as counts of each class' }}</small></dd></div>
 <div><dt>Accuracy after training</dt><dd>{{ accuracy.after | share }}\
 <small>{% if accuracy.baseline_after is not none %}without attack and defenses \
