@@ -46,7 +46,7 @@ def secret_key() -> bytes:
     path = home() / "secret.key"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"secret.key.{os.getpid()}")
+        partial = path.with_name(f"secret.key.{secrets.token_hex(8)}")
         partial.touch(mode=0o600)
         partial.write_bytes(secrets.token_bytes(32))
         try:
