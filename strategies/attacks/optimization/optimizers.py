@@ -1,0 +1,124 @@
+"""Optimizers over T independent problems at once: variables ``[T, n]``, stepped in place.
+
+No step of one problem depends on another, and none waits for the device: a problem that went
+astray (not finite) stays astray without touching its neighbors.
+"""
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def ig_steps(progress: float) -> float:
+    """Return the factor 0.1 at 3/8, 5/8 and 7/8 of the iterations each (Geiping et al. 2020)."""
+    return 0.1 ** sum(progress >= mark for mark in (3 / 8, 5 / 8, 7 / 8))
+
+
+class Optimizer(ABC):
+    """Steps variables along their gradient."""
+
+    @abstractmethod
+    def step(self, variables: Tensor, gradient: Tensor, progress: float) -> None:
+        """Change ``variables`` ``[T, n]`` in place; ``progress`` in ``[0, 1)`` is of iterations."""
+
+    @abstractmethod
+    def keep(self, rows: Tensor) -> None:
+        """Forget all problems but these."""
+
+
+class Adam(Optimizer):
+    """Adam (Kingma and Ba 2015), on the sign of the gradient where ``signed``."""
+
+    betas = (0.9, 0.999)
+    epsilon = 1e-8
+
+    def __init__(
+        self, lr: float, signed: bool, schedule: Callable[[float], float] = lambda _: 1.0
+    ) -> None:
+        self.lr, self.signed, self.schedule = lr, signed, schedule
+        self.steps = 0
+        self.first: Tensor | None = None
+        self.second: Tensor | None = None
+
+    def step(self, variables: Tensor, gradient: Tensor, progress: float) -> None:
+        """Take one step; overwrites ``gradient``."""
+        if self.signed:
+            gradient.sign_()
+        if self.first is None or self.second is None:
+            self.first, self.second = torch.zeros_like(variables), torch.zeros_like(variables)
+        self.steps += 1
+        slow, slower = self.betas
+        self.first.lerp_(gradient, 1 - slow)
+        self.second.mul_(slower).addcmul_(gradient, gradient, value=1 - slower)
+        rate = self.lr * self.schedule(progress) / (1 - slow**self.steps)
+        spread = (self.second / (1 - slower**self.steps)).sqrt_().add_(self.epsilon)
+        variables.addcdiv_(self.first, spread, value=-rate)
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all problems but these."""
+        if self.first is not None and self.second is not None:
+            self.first, self.second = self.first[rows], self.second[rows]
+
+
+class LBFGS(Optimizer):
+    """L-BFGS without a line search (Liu and Nocedal 1989), as ``torch.optim.LBFGS`` defaults do.
+
+    Each problem has a history of its own; a pair without curvature (``y.s <= 1e-10``) keeps its
+    place in the history and has no effect.
+    """
+
+    def __init__(self, lr: float = 1.0, history: int = 100) -> None:
+        self.lr = lr
+        self.pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=history)
+        self.scale: Tensor | None = None
+        self.before: Tensor | None = None
+        self.moved: Tensor | None = None
+
+    def step(self, variables: Tensor, gradient: Tensor, progress: float) -> None:  # noqa: ARG002
+        """Take one step of the two-loop recursion."""
+        if self.before is None or self.moved is None or self.scale is None:
+            length = gradient.abs().sum(dim=1, keepdim=True)
+            self.moved = -gradient * (1 / length).clamp_max(1.0) * self.lr
+            self.scale = torch.ones_like(length)
+        else:
+            self.scale = self._remember(gradient - self.before, self.moved, self.scale)
+            self.moved = self._direction(gradient, self.scale).mul_(self.lr)
+        self.before = gradient
+        variables.add_(self.moved)
+
+    def _remember(self, y: Tensor, s: Tensor, scale: Tensor) -> Tensor:
+        """Keep a pair, and return the new scale of the first guess of the inverse Hessian."""
+        curvature = torch.linalg.vecdot(y, s).unsqueeze(1)
+        bent = curvature > 1e-10
+        inverse = torch.where(bent, 1 / curvature, 0)
+        square = torch.linalg.vecdot(y, y).unsqueeze(1)
+        self.pairs.append((s, y, inverse))
+        return torch.where(bent, curvature / square, scale)
+
+    def _direction(self, gradient: Tensor, scale: Tensor) -> Tensor:
+        direction = -gradient
+        shares = []
+        for s, y, inverse in reversed(self.pairs):
+            share = torch.linalg.vecdot(s, direction).unsqueeze(1) * inverse
+            direction.addcmul_(y, share, value=-1)
+            shares.append(share)
+        direction.mul_(scale)
+        for (s, y, inverse), share in zip(self.pairs, reversed(shares), strict=True):
+            back = torch.linalg.vecdot(y, direction).unsqueeze(1) * inverse
+            direction.addcmul_(s, share - back)
+        return direction
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all problems but these."""
+        if self.before is None or self.moved is None or self.scale is None:
+            return
+        self.before, self.moved, self.scale = (
+            self.before[rows],
+            self.moved[rows],
+            self.scale[rows],
+        )
+        kept = [(s[rows], y[rows], inverse[rows]) for s, y, inverse in self.pairs]
+        self.pairs = deque(kept, maxlen=self.pairs.maxlen)

@@ -1,0 +1,97 @@
+"""What is searched: variables, and the images and labels that they stand for."""
+
+from abc import ABC, abstractmethod
+from math import prod
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from fedsim.data import DataSpec
+
+
+class Parametrization(ABC):
+    """Maps variables ``[T, n]`` to candidate batches, differentiably."""
+
+    @abstractmethod
+    def start(self, generator: torch.Generator) -> Tensor:
+        """Draw where one restart begins, ``[n]``, on the CPU."""
+
+    @abstractmethod
+    def decode(self, variables: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images ``[T, B, C, H, W]`` in ``[0, 1]`` and label probabilities ``[T, B, K]``."""
+
+    def box(self, variables: Tensor) -> None:  # noqa: B027
+        """Bring variables back, in place, to where images have values in ``[0, 1]``."""
+
+    def take(self, rows: Tensor) -> Self:  # noqa: ARG002
+        """Return the parametrization of some of the targets."""
+        return self
+
+
+class NormalizedPixels(Parametrization):
+    """Pixels standardized by the public mean and standard deviation; labels known.
+
+    Starts at N(0, 1) (Geiping et al. 2020).
+
+    Parameters
+    ----------
+    spec : DataSpec
+    labels : Tensor
+        ``[T, B]`` int64, on the device to search on.
+    dtype : torch.dtype
+        Of the variables.
+    boxed : bool
+        Whether :meth:`box` clamps to the standardized ``[0, 1]``.
+    """
+
+    def __init__(self, spec: DataSpec, labels: Tensor, dtype: torch.dtype, boxed: bool) -> None:
+        self.spec, self.labels, self.boxed = spec, labels, boxed
+        self.mean, self.std = (
+            torch.tensor(values, dtype=dtype, device=labels.device).view(-1, 1, 1)
+            for values in (spec.mean, spec.std)
+        )
+        self.probabilities = one_hot(labels, spec.num_classes).to(dtype)
+
+    def start(self, generator: torch.Generator) -> Tensor:
+        """Return standard normal numbers ``[B * C * H * W]``."""
+        return torch.randn(self.labels.shape[1] * prod(self.spec.shape), generator=generator)
+
+    def decode(self, variables: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images and one-hot labels."""
+        standardized = variables.view(*self.labels.shape, *self.spec.shape)
+        return torch.addcmul(self.mean, standardized, self.std), self.probabilities
+
+    def box(self, variables: Tensor) -> None:
+        """Clamp each channel to the standardized ``[0, 1]``."""
+        if self.boxed:
+            images = variables.view(*self.labels.shape, *self.spec.shape)
+            low, high = -self.mean / self.std, (1 - self.mean) / self.std
+            torch.clamp(images, low, high, out=images)
+
+    def take(self, rows: Tensor) -> Self:
+        """Return the parametrization of some of the targets."""
+        return type(self)(self.spec, self.labels[rows], self.mean.dtype, self.boxed)
+
+
+class PixelsAndLabels(Parametrization):
+    """Pixels as they are, and labels as the softmax of free logits, searched together.
+
+    Both start at N(0, 1) (Zhu et al. 2019).
+    """
+
+    def __init__(self, spec: DataSpec, batch_size: int) -> None:
+        self.spec, self.batch_size = spec, batch_size
+        self.pixels = batch_size * prod(spec.shape)
+
+    def start(self, generator: torch.Generator) -> Tensor:
+        """Return standard normal numbers ``[B * (C * H * W + K)]``."""
+        size = self.pixels + self.batch_size * self.spec.num_classes
+        return torch.randn(size, generator=generator)
+
+    def decode(self, variables: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images and the softmax of the label logits."""
+        images = variables[:, : self.pixels].view(-1, self.batch_size, *self.spec.shape)
+        logits = variables[:, self.pixels :].view(-1, self.batch_size, self.spec.num_classes)
+        return images, logits.softmax(dim=-1)
