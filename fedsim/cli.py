@@ -117,6 +117,7 @@ def partition(
 
     parts = Parts(_scenario(file, overrides))
     check_writable(out)
+    out.mkdir(parents=True, exist_ok=True)
     for client, indices in enumerate(parts.partitions):
         path = out.absolute() / f"client-{client}.safetensors"
         save_tensors(path, parts.dataset.train.subset(indices), parts.dataset.classes)
