@@ -54,10 +54,10 @@ class Recipe:
     priors : callable
         Penalties on images of such data.
     converged : float or None
-        A distance that ends the search for a view; its restarts are then tried one after another.
-        None runs every restart in full, all at once.
+        A distance at which a view counts as solved: its restarts are tried one after another until
+        one gets there.  None runs every restart, all at once.
     patience : int or None
-        Give a restart up that got nowhere in so many iterations.
+        End a restart whose cost did not fall by a tenth in so many iterations.
     """
 
     batch_size: Callable[[ServerView], int]
@@ -139,7 +139,6 @@ def solve(
                 torch.stack(starts).to(observed),
                 recipe.optimizer(),
                 iterations=recipe.iterations,
-                converged=recipe.converged,
                 patience=recipe.patience,
                 tell=partial(tally.show, problems=len(some)),
             )

@@ -12,10 +12,10 @@ from strategies.attacks.optimization.optimizers import Optimizer
 from strategies.attacks.optimization.parametrizations import Parametrization
 from strategies.attacks.optimization.priors import Prior
 
-# How often the loop says how far it is and, where it may stop early, looks at its own numbers.
-LOOK_EVERY = 25
-# A restart is stuck where its cost fell by less than this share in `patience` iterations.
-LEAST_FALL = 0.01
+# How often the loop says how far it is.
+TELL_EVERY = 25
+# A problem is stuck where its cost fell by less than this share in `patience` iterations.
+LEAST_FALL = 0.1
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,6 @@ def minimize(
     optimizer: Optimizer,
     *,
     iterations: int,
-    converged: float | None = None,
     patience: int | None = None,
     tell: Callable[[int], None] = lambda _: None,
 ) -> Best:
@@ -128,32 +127,25 @@ def minimize(
     optimizer : Optimizer
         A fresh one.
     iterations : int
-    converged : float or None
-        Distance at which a problem is done.
     patience : int or None
-        Iterations after which a problem that got nowhere is given up.
+        Iterations in which a problem's cost must fall by a tenth, or it is left where it is.
     tell : callable
         Told now and then how many iterations are done.
     """
     best, rows = Best.start(variables), torch.arange(len(variables), device=variables.device)
     part, mark = best.take(rows), torch.full_like(best.cost, torch.inf)
-    watched = converged is not None or patience is not None
     for iteration in range(iterations + 1):
         now = matching.evaluate(variables)
         part.note(variables, now)
         if iteration == iterations:
             break
         gradient = now.gradient
-        if iteration and iteration % LOOK_EVERY == 0:
+        if iteration and iteration % TELL_EVERY == 0:
             tell(iteration)
-        if watched and iteration % LOOK_EVERY == 0:
-            going = part.finite.clone()
-            if converged is not None:
-                going &= part.distance >= converged
-            if patience is not None and iteration % patience < LOOK_EVERY:
-                going &= part.cost < (1 - LEAST_FALL) * mark
-                mark = part.cost
-            if not going.all():  # drop what is done, so that the rest goes faster
+        if patience is not None and iteration % patience == 0:
+            going = part.finite & (part.cost < (1 - LEAST_FALL) * mark)
+            mark = part.cost
+            if not going.all():  # drop what goes nowhere, so that the rest goes faster
                 kept = going.nonzero().squeeze(1)
                 best.put(rows, part)
                 if not len(kept):

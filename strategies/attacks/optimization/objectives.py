@@ -44,8 +44,8 @@ class Cosine(Objective):
     """``1 - cos(F, g)`` (Geiping et al. 2020, Eq. 4): blind to the scale of either."""
 
     def __init__(self, observed: Tensor) -> None:
-        """Keep the direction of what was observed, ``[T, P]``."""
-        super().__init__(observed / torch.linalg.vector_norm(observed, dim=1, keepdim=True))
+        """Keep minus the direction of what was observed, ``[T, P]``: only differences need it."""
+        super().__init__(-observed / torch.linalg.vector_norm(observed, dim=1, keepdim=True))
 
     def __call__(self, gradients: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``1 - cos`` and its derivative.
@@ -54,9 +54,9 @@ class Cosine(Objective):
         ``1 - u.v`` has none left.
         """
         inverse = 1 / torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
-        gap = torch.addcmul(-self.observed, gradients, inverse, out=gradients)  # u - v
+        gap = torch.addcmul(self.observed, gradients, inverse, out=gradients)  # u - v
         distance = torch.linalg.vecdot(gap, gap).div_(2)
         # (cos u - v) / |F|, and u = gap + v
         share = distance.unsqueeze(1)
-        derivative = gap.mul_((1 - share) * inverse).addcmul_(self.observed, -share * inverse)
+        derivative = gap.mul_((1 - share) * inverse).addcmul_(self.observed, share * inverse)
         return distance, derivative

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsim import registry
@@ -32,6 +32,7 @@ def test_one_example_comes_back_exactly_with_its_label(expression, dtype):
         assert found.labels.tolist() == labels.tolist()
 
 
+@settings(deadline=None, max_examples=30)
 @given(factor=st.floats(min_value=1e-4, max_value=1e4), seed=st.integers(0, 50))
 def test_rescaling_never_hides_the_image(factor, seed):
     client = Honest("mlp", spec())

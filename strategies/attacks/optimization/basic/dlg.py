@@ -42,9 +42,10 @@ class DLG(Attack):
     restarts : int
         At most; tried until one converges.
     converged : float
-        Squared distance below which a restart has found the image (iDLG's code stops there too).
+        Squared distance below which a restart has found the image and no other is tried.  It runs
+        on until it gets no nearer: single precision ends near 1e-6.
     patience : int
-        Iterations within which a restart must get nearer by a hundredth, or be given up.
+        Iterations in which the squared distance must fall by a tenth, or the restart ends.
     lr : float
         Step of L-BFGS.
     """
@@ -73,8 +74,8 @@ class DLG(Attack):
     batch_size: Annotated[int, Field(ge=1)] = 1
     iterations: Annotated[int, Field(ge=1)] = 6000
     restarts: Annotated[int, Field(ge=1)] = 8
-    converged: Annotated[float, Field(gt=0)] = 1e-6
-    patience: Annotated[int, Field(ge=25)] = 250
+    converged: Annotated[float, Field(gt=0)] = 1e-5
+    patience: Annotated[int, Field(ge=1)] = 250
     lr: Annotated[float, Field(gt=0)] = 1.0
 
     def check(self, model: nn.Module, kind: str) -> None:  # noqa: ARG002
