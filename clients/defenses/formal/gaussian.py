@@ -43,6 +43,11 @@ class Gaussian(Defense):
         venue="IEEE Transactions on Information Forensics and Security",
         year=2020,
         published="no figure for reconstruction",
+        measured="ratio attack on a first linear layer, gradient norm 12, std 1e-4 / 1e-3 / 1e-2 / "
+        "1e-1: best row 56.8 / 36.7 / 17.1 / 7.2 dB, least squares 70.2 / 50.4 / 21.6 / 5.7 dB "
+        "(pytest tests/clients/test_defenses_table.py); fedsim run "
+        "scenarios/robbing_the_fed_noised.toml (clipped to 1): 4 of 256 images at 20 dB with std "
+        "1e-3, 160 with 1e-4",
     )
     toy: ClassVar[ToyCase] = ToyCase(
         scenario={
@@ -57,7 +62,7 @@ class Gaussian(Defense):
         # Noise of the size of the whole bias gradient: what is left is noise.
         figure="leak.psnr.mean",
         low=3.0,
-        high=12.0,
+        high=14.0,
     )
     rank: ClassVar[int] = 50
 

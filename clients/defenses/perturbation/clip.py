@@ -39,6 +39,9 @@ class Clip(Defense):
         venue="ICLR",
         year=2018,
         published="no privacy is claimed for clipping alone",
+        measured="ratio attack on a first linear layer: 120 dB (the cap) with and without (pytest "
+        "tests/clients/test_defenses_table.py); fedsim run scenarios/robbing_the_fed_clipped.toml: "
+        "186 of 256 images at 20 dB, as many as undefended",
     )
     toy: ClassVar[ToyCase] = ToyCase(
         scenario={

@@ -94,6 +94,13 @@ class RobbingTheFed(Manipulation):
         "teaser); 60/64, 60/64 and 61/64 images exact with 1000 bins on CIFAR-10, CIFAR-100 and "
         "ImageNet (a later survey); one-shot: PSNR 47.1 for the caught image among 128 users x "
         "256 images, 32768 virtual bins (authors' notebook)",
+        measured="fedsim run scenarios/robbing_the_fed.toml (photo-tiles, 4 clients x 64 images, "
+        "256 bins cut on a few hundred tiles that no client holds): 157 of 256 images exact, 186 "
+        "at 20 dB; robbing_the_fed_secagg.toml (8 x 8 images, one quantized sum): 48 of 64 at 20 "
+        "dB, median 42 dB; robbing_the_fed_fedavg.toml (sparse, 512 bins, 141 images a client, 9 "
+        "float32 steps): 1704 of 2261 exact, with variant='dense' 2.  With exact cut-offs, pytest "
+        "tests/strategies/isolation: share within 0.03 of (1 - 1/n)^(B-1) for (n, B) = (64, 16), "
+        "(256, 16), (256, 64), (1000, 64), every one of them above 60 dB from float32 gradients",
     )
     needs: ClassVar[frozenset[Capability]] = frozenset(
         {
@@ -107,16 +114,16 @@ class RobbingTheFed(Manipulation):
     toy: ClassVar[ToyCase] = ToyCase(
         scenario={
             "threat-model": "G",
-            "attack": "robbing-the-fed(units=64)",
+            "attack": "robbing-the-fed(units=16)",
             "data.dataset": "photo-tiles",
             "model.name": "mlp(hidden=[32])",
-            "federation.clients": 2,
+            "federation.clients": 8,
             "federation.local": "fedsgd(batch_size=8, lr=0.1)",
         },
-        # (1 - 1/64)^7 = 0.90 of 16 images; a shared bin costs two at once.
-        figure="leak.leak_rate",
-        low=0.6,
-        high=1.0,
+        # 64 (1 - 1/16)^7 = 41 of 64 images alone in their bin; seeds 0 to 7 gave 33 to 46.
+        figure="leak.exact",
+        low=28.0,
+        high=52.0,
     )
 
     units: Annotated[int, Field(ge=2)] = 256
