@@ -5,6 +5,7 @@ For tests, labs and small runs, and the reference that the other engines must ag
 
 import queue
 import secrets
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -50,7 +51,12 @@ def run_inline(
     node_config: dict[str, Any] = {"vault": str(folder.path / "vault")}
     context = Context(run_id, HOST, node_config, RecordDict(), scenario.flat())
     grid = InlineGrid(app, context, scenario.federation.timeout)
-    return run(scenario, grid, context, folder)
+    try:
+        return run(scenario, grid, context, folder)
+    except KeyboardInterrupt:
+        folder.event("interrupted")
+        print(f"interrupted; what was saved stays in {folder.path}", file=sys.stderr)
+        raise
 
 
 class InlineGrid(Grid):

@@ -126,9 +126,12 @@ def _train_in_old_form(
     msg.content[RECORD_KEY_CONFIGS] = hidden
     if reply.has_error():
         raise RuntimeError(reply.error.reason)
+    metrics = reply.content.metric_records.get("metrics", MetricRecord())
+    arrays = reply.content.array_records.get("arrays")
+    if arrays is None or "num-examples" not in metrics:
+        raise RuntimeError("training gave no arrays, or does not say num-examples")
+    num_examples = cast(int, metrics["num-examples"])
     # 0-d arrays would come out of Flower's sum wrong: it adds to them out of place.
-    num_examples = cast(int, reply.content.metric_records["metrics"]["num-examples"])
-    arrays = reply.content.array_records["arrays"]
     values = {name: np.atleast_1d(array.numpy()) for name, array in arrays.items()}
     if broken := [name for name, array in values.items() if not np.isfinite(array).all()]:
         raise RuntimeError(f"{broken[0]!r} holds NaN or Inf, which would spoil the sum")
