@@ -143,6 +143,7 @@ def solve(
                 tell=partial(tally.show, problems=len(some)),
             )
             tally.done += recipe.iterations * len(some)
+            tally.show(0, 0)
             tally.evaluations += result.evaluations
             tried.update(rows.tolist())
             lost.update(rows[~result.finite].tolist())

@@ -84,6 +84,10 @@ class InvertingGradients(Attack):
     boxed: bool = True
     labels: str = "analytic"
 
+    def __post_init__(self) -> None:
+        """Refuse a label rule that does not exist (``ScenarioError``)."""
+        _ = self.rule
+
     @property
     def rule(self) -> LabelRule:
         """The label rule."""

@@ -1,0 +1,88 @@
+"""Deep Leakage from Gradients: bimodal, and it knows which mode it is in."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from fedsim.data import DataSpec, load_dataset
+from strategies.attacks.optimization.basic.dlg import DLG
+from strategies.attacks.optimization.parametrizations import PixelsAndLabels
+from tests.strategies.passive.honest import Honest, batch, cifar10, psnr, spec, tiles
+
+
+def digits():
+    return load_dataset("digits").train
+
+
+def digits_client() -> Honest:
+    return Honest("lenet", load_dataset("digits").spec)
+
+
+def test_a_digit_and_its_label_come_back_without_any_knowledge_but_the_update():
+    client = digits_client()
+    images, labels = batch(digits(), 1, 0)
+    knowledge = client.knowledge("A")
+    found = DLG(iterations=1500).reconstruct([client.gradient(images, labels)], knowledge)
+    assert psnr(images, found.examples).item() > 30
+    assert found.labels.tolist() == labels.tolist()
+    assert {capability.value for capability in knowledge.used} == {"updates"}
+
+
+def test_a_solved_view_is_not_started_again():
+    client = digits_client()
+    views = [client.gradient(*batch(digits(), 1, seed), client=seed) for seed in range(3)]
+    attack = DLG(iterations=1000, restarts=4)
+    found = attack.reconstruct(views, client.knowledge("A"))
+    for index, line in enumerate(found.receipts):
+        tried = int(line.split(": ")[1].split()[0])
+        solved = -found.scores[index] < attack.converged
+        assert solved or tried == 4
+    assert found.cost.gradient_evaluations < 4 * 3 * 1001
+
+
+def test_a_start_that_is_not_finite_is_dropped_and_said_so(monkeypatch):
+    client = digits_client()
+    images, labels = batch(digits(), 1, 0)
+    begin, calls = PixelsAndLabels.start, []
+
+    def start(self, generator):
+        calls.append(generator)
+        variables = begin(self, generator)
+        return variables * torch.nan if len(calls) == 2 else variables  # the first shows the size
+
+    monkeypatch.setattr(PixelsAndLabels, "start", start)
+    attack = DLG(iterations=50, restarts=2, patience=50)
+    found = attack.reconstruct([client.gradient(images, labels)], client.knowledge("A"))
+    assert "2 restarts, 1 of them ended not finite" in found.receipts[0]
+    assert found.examples.isfinite().all()
+    assert found.scores.isfinite().all()
+
+
+def test_weights_are_refused_with_a_remedy():
+    model = Honest("lenet", spec()).model()
+    DLG().check(model, "gradient")
+    with pytest.raises(ValueError, match="inverting-gradients"):
+        DLG().check(model, "weights")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("source", ["photo-tiles", "cifar10"])
+def test_at_least_8_of_10_images_come_back_with_8_restarts(source):
+    split = tiles() if source == "photo-tiles" else cifar10()
+    hundred = DataSpec((3, 32, 32), 100, spec().mean, spec().std)
+    truth, views, first = [], [], None
+    for seed in range(10):
+        client = Honest("lenet", dataclasses.replace(hundred))
+        first = first or client
+        truth.append(batch(split, 1, seed))
+        views.append(client.gradient(*truth[-1], client=seed))
+    found = DLG().reconstruct(views, first.knowledge("A"))
+    reached = torch.stack(
+        [psnr(pair[0], found.examples[found.views == i])[0] for i, pair in enumerate(truth)]
+    )
+    right = sum(found.labels[i].item() == truth[i][1].item() for i in range(10))
+    print(f"{source}: PSNR {[round(v) for v in reached.tolist()]}, labels {right} of 10,", end=" ")
+    print(f"{found.cost.gradient_evaluations} gradient evaluations")
+    assert (reached > 30).sum() >= 8

@@ -1,0 +1,176 @@
+"""Inverting Gradients: what it finds, what it is blind to, and what it is told."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from fedsim.data import Split
+from fedsim.errors import NotGranted, ScenarioError
+from fedsim.models import travelling
+from strategies.attacks.optimization.basic.inverting_gradients import InvertingGradients
+from tests.strategies.passive.honest import (
+    Honest,
+    batch,
+    cifar10,
+    floor_psnr,
+    matched_psnr,
+    spec,
+    tiles,
+)
+
+CIFAR_MEAN, CIFAR_STD = (0.4915, 0.4823, 0.4468), (0.247, 0.2435, 0.2616)
+
+
+def captured(client: Honest, split: Split, size: int, count: int, sent=None):
+    """Return the private batches of some clients, and their views."""
+    batches = [batch(split, size, seed) for seed in range(count)]
+    views = [client.gradient(*pair, client=i, sent=sent) for i, pair in enumerate(batches)]
+    return [images for images, _ in batches], views
+
+
+def reached(attack: InvertingGradients, client: Honest, truth, views, **known) -> torch.Tensor:
+    """Return the PSNR of every true image, matched within its view, ``[V, B]``."""
+    size = len(truth[0])
+    knowledge = client.knowledge("B", {view.label: size for view in views}, **known)
+    found = attack.reconstruct(views, knowledge)
+    return torch.stack(
+        [matched_psnr(images, found.examples[found.views == i]) for i, images in enumerate(truth)]
+    )
+
+
+def test_300_iterations_beat_the_mean_image():
+    client = Honest("convnet", spec())
+    truth, views = captured(client, tiles(), 1, 3)
+    psnr = reached(InvertingGradients(iterations=300, tv=1e-3), client, truth, views)
+    floor = torch.stack([floor_psnr(images, tiles()) for images in truth])
+    assert (psnr > floor + 3).all()
+    assert psnr.max() < 60
+
+
+def test_clipping_and_one_step_of_fedavg_hide_nothing_from_the_cosine():
+    client = Honest("convnet", spec())
+    truth, views = captured(client, tiles(), 1, 1)
+    clipped = {name: 0.01 * tensor for name, tensor in views[0].received.items()}
+    images, labels = batch(tiles(), 1, 0)
+    attack = InvertingGradients(iterations=300, tv=1e-3)
+    floor = floor_psnr(truth[0], tiles())
+    for view in (
+        dataclasses.replace(views[0], received=clipped),
+        client.weights(images, labels, lr=0.1),
+    ):
+        assert reached(attack, client, truth, [view]).item() > floor + 3
+
+
+def test_among_restarts_the_lowest_distance_wins():
+    client = Honest("lenet", spec())
+    _, views = captured(client, tiles(), 1, 2)
+    counts = {view.label: 1 for view in views}
+    scores = {}
+    for restarts in (1, 4):
+        attack = InvertingGradients(iterations=60, restarts=restarts)
+        found = attack.reconstruct(views, client.knowledge("B", counts))
+        scores[restarts] = found.scores
+        assert found.cost.gradient_evaluations == 61 * restarts * len(views)
+        assert [f"{restarts} restart" in line for line in found.receipts] == [True, True]
+    assert (scores[4] >= scores[1] - 1e-4).all()
+
+
+def test_views_of_different_weights_and_sizes_are_each_inverted_under_their_own():
+    clients = [Honest("lenet", spec(), seed=seed) for seed in (0, 1)]
+    truth, views = [], []
+    for number, (client, size) in enumerate([(clients[0], 1), (clients[1], 1), (clients[1], 2)]):
+        images, labels = batch(tiles(), size, number)
+        truth.append(images)
+        views.append(client.gradient(images, labels, client=number))
+    counts = {view.label: len(images) for view, images in zip(views, truth, strict=True)}
+    found = InvertingGradients(iterations=300).reconstruct(views, clients[0].knowledge("B", counts))
+    assert found.views.tolist() == [0, 1, 2, 2]
+    assert found.examples.shape == (4, 3, 32, 32)
+    assert found.labels.shape == (4,)
+    for index in range(2):  # weights from the wrong round would leave the distance near 1
+        assert found.scores[index] > -0.1
+
+
+def test_a_view_that_says_nothing_is_left_out_and_named():
+    client = Honest("lenet", spec())
+    _, views = captured(client, tiles(), 1, 3)
+    for index, value in ((0, 0.0), (2, torch.nan)):
+        empty = {name: torch.full_like(t, value) for name, t in views[index].received.items()}
+        views[index] = dataclasses.replace(views[index], received=empty)
+    knowledge = client.knowledge("B", {view.label: 1 for view in views})
+    found = InvertingGradients(iterations=5).reconstruct(views, knowledge)
+    assert found.views.tolist() == [1]
+    assert sum("left out" in line for line in found.receipts) == 2
+
+
+def test_batchnorm_in_train_mode_and_double_precision_run():
+    client = Honest("resnet20(width=4)", spec(), dtype=torch.float64)
+    truth, views = captured(client, tiles(), 2, 2)
+    for mode in ("frozen", "private"):
+        psnr = reached(InvertingGradients(iterations=3), client, truth, views, batchnorm=mode)
+        assert psnr.isfinite().all()
+
+
+def test_it_uses_updates_and_basics_and_is_told_how_far_it_is():
+    client = Honest("lenet", spec())
+    _, views = captured(client, tiles(), 1, 1)
+    knowledge = client.knowledge("B", {view.label: 1 for view in views})
+    told = []
+    knowledge.progress = lambda done, total, text: told.append((done, total))
+    InvertingGradients(iterations=100, restarts=2).reconstruct(views, knowledge)
+    assert {capability.value for capability in knowledge.used} == {"updates", "basics"}
+    assert told[-1] == (200, 200)
+    assert told == sorted(told)
+
+
+def test_labels_come_from_the_rule_that_is_named():
+    client = Honest("lenet", spec())
+    images, labels = batch(tiles(), 2, 0)
+    view = client.gradient(images, labels)
+    attack = InvertingGradients(iterations=5, labels="oracle")
+    assert attack.oracles == {"labels"}
+    with pytest.raises(NotGranted):
+        attack.reconstruct([view], client.knowledge("B", 2))
+    knowledge = client.knowledge("B", 2, labels={view.label: labels})
+    assert attack.reconstruct([view], knowledge).labels.tolist() == labels.tolist()
+    with pytest.raises(ScenarioError, match="analytic"):
+        InvertingGradients(labels="analytical")
+
+
+# -- figures ---------------------------------------------------------------------------------------
+
+
+def cifar_client() -> Honest:
+    return Honest("convnet", dataclasses.replace(spec(), mean=CIFAR_MEAN, std=CIFAR_STD))
+
+
+def trained(client: Honest, split: Split, steps: int) -> dict[str, torch.Tensor]:
+    """Return what travels after some steps of SGD at batch size 64."""
+    model, generator = client.model().train(), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(steps):
+        images, labels = split.batch(torch.randint(len(split), (64,), generator=generator))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    return {name: tensor.clone() for name, tensor in travelling(model).items()}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("size", "tv", "steps", "low", "high"),
+    [(1, 1e-6, 0, 25, 40), (4, 1e-6, 0, 12, 25), (4, 1e-2, 0, 20, 31), (1, 1e-2, 500, 8, 30)],
+)
+def test_1000_iterations_on_cifar10(size, tv, steps, low, high):
+    client = cifar_client()
+    sent = trained(client, cifar10(), steps) if steps else None
+    truth, views = captured(client, cifar10(), size, 4, sent)
+    psnr = reached(InvertingGradients(iterations=1000, tv=tv), client, truth, views)
+    print(
+        f"batch {size}, tv {tv}, trained {steps} steps: mean {psnr.mean():.1f} dB, by view", end=" "
+    )
+    print([round(value, 1) for value in psnr.mean(dim=1).tolist()])
+    assert low <= psnr.mean() <= high
