@@ -45,9 +45,7 @@ def run(
         from fedsim.engines.inline import run_inline
 
         logging.getLogger("flwr").setLevel(logging.ERROR)  # the range tells its own progress
-        page = run_inline(
-            scenario, command, lambda path: print(f"run folder: {path}", flush=True)
-        )
+        page = run_inline(scenario, command, lambda path: print(f"run folder: {path}", flush=True))
     print(page)
 
 
@@ -177,6 +175,3 @@ def main() -> None:
     except (ScenarioError, RunFailed, NotGranted) as error:
         print(f"fedsim: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ScenarioError) else 1)
-    except KeyboardInterrupt:
-        print("fedsim: interrupted; what was saved stays in the run folder", file=sys.stderr)
-        sys.exit(130)

@@ -74,7 +74,10 @@ def run_simulation(scenario: Scenario, command: str) -> Path:
         run_id = str(json.loads(submitted)["run-id"])
         try:
             lines = _follow(link, run_id)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                text = f"interrupted; what was saved stays in {output_dir(scenario)}"
+                print(text, file=sys.stderr, flush=True)
             with contextlib.suppress(subprocess.SubprocessError, RunFailed):
                 link.flwr("stop", run_id, "range")
                 _wait_until_ended(link, run_id, seconds=30)
