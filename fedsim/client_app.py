@@ -6,11 +6,9 @@ under its own name, because one SuperNode may host many clients.
 
 import copy
 import dataclasses
-import json
 import os
 import sys
 import threading
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -105,15 +103,28 @@ def baseline(msg: Message, context: Context) -> Message:
     return _respond(msg, context, (), truth=False)
 
 
-@lru_cache(maxsize=2)
-def _parts_of(flat: str) -> Parts:
-    return Parts(Scenario.from_flat(json.loads(flat)))
-
-
 def _parts(context: Context) -> Parts:
-    """Build the scenario's components once a process; attack code has no business here."""
+    """Build the scenario's components once a worker; attack code has no business here."""
     sys.audit("fedsim.private", "the clients' side")
-    return _parts_of(json.dumps(dict(context.run_config), sort_keys=True))
+    flat = dict(context.run_config)
+    if _worker.parts is None or _worker.flat != flat:
+        _worker.parts, _worker.flat = Parts(Scenario.from_flat(flat)), flat
+    return _worker.parts
+
+
+class _Worker(threading.local):
+    """What this thread keeps between two clients: the scenario's parts, and one model.
+
+    A client that hangs or fails keeps its model; the next one gets another.
+    """
+
+    def __init__(self) -> None:
+        self.parts: Parts | None = None
+        self.flat: dict[str, Any] = {}
+        self.idle: dict[tuple[Any, ...], nn.Module] = {}
+
+
+_worker = _Worker()
 
 
 def _respond(
@@ -154,16 +165,6 @@ def _respond(
     model.zero_grad()
     _worker.idle = {own: model}
     return Message(content, reply_to=msg)
-
-
-class _Worker(threading.local):
-    """This thread's one model between two clients; a client that hangs or fails keeps its own."""
-
-    def __init__(self) -> None:
-        self.idle: dict[tuple[Any, ...], nn.Module] = {}
-
-
-_worker = _Worker()
 
 
 def _own_model(parts: Parts, config: ConfigRecord) -> tuple[str, DataSpec, torch.dtype, str]:

@@ -18,6 +18,7 @@ import importlib
 import importlib.metadata
 import inspect
 import pkgutil
+import sys
 import typing
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
@@ -177,6 +178,8 @@ def build(kind: str, expression: Expression | str, key: str, *given: Any) -> Any
     ScenarioError
         If the name, a parameter, or a parameter's type or range is wrong.
     """
+    if kind == "dataset":
+        sys.audit("fedsim.private", "the clients' data")
     if isinstance(expression, str):
         found = parse(expression, key)
         if len(found) != 1:

@@ -61,10 +61,14 @@ _FILE_EVENTS = ("os.", "glob.", "pathlib.", "shutil.", "sqlite3.")
 
 @dataclass
 class _Seal:
-    """What is sealed now: resolved paths, the threads that were there before, what was tried."""
+    """What is sealed now: resolved paths, the threads that were there before, what was tried.
+
+    ``waiting`` is the thread that waits for the attack; interrupted, it may tidy up.
+    """
 
     roots: tuple[str, ...]
     bystanders: frozenset[int]
+    waiting: int | None = None
     attempts: list[str] = field(default_factory=list)
 
 
@@ -87,27 +91,32 @@ def run_sealed(function: Callable[..., T], *args: Any, paths: Sequence[Path] = (
     """
     outcome: list[T] = []
     raised: list[BaseException] = []
+    attempts: list[str] = []
+    caller = threading.get_ident()
 
     def inside() -> None:
         try:
-            with sealed(paths) as attempts:
-                result = function(*args)
-            if attempts:
-                raise PermissionError(f"attack code tried to {attempts[0]}, and hid the refusal")
-            outcome.append(result)
+            with sealed(paths, waiting=caller) as tried:
+                try:
+                    outcome.append(function(*args))
+                finally:
+                    attempts.extend(tried)
         except BaseException as error:
             raised.append(error)
 
     thread = threading.Thread(target=inside, name="sealed", daemon=True)
     thread.start()
     thread.join()
+    refused = bool(raised) and isinstance(raised[0], PermissionError)
+    if attempts and not refused:  # it swallowed the refusal, or made another error of it
+        raise PermissionError(f"attack code tried to {attempts[0]}, and hid the refusal")
     if raised:
         raise raised[0]
     return outcome[0]
 
 
 @contextmanager
-def sealed(paths: Sequence[Path]) -> Iterator[list[str]]:
+def sealed(paths: Sequence[Path], *, waiting: int | None = None) -> Iterator[list[str]]:
     """Refuse everybody in this process the sealed paths, and attack code the ways around them.
 
     Yields the list of refused looks at sealed paths and memory, filled as they happen.  The
@@ -117,7 +126,7 @@ def sealed(paths: Sequence[Path]) -> Iterator[list[str]]:
     keys = [sealing.key_path(), seeds.home() / "secret.key"]
     roots = tuple(os.path.realpath(path) for path in [*paths, *keys])
     others = frozenset(t.ident for t in threading.enumerate() if t.ident is not None)
-    seal = _Seal(roots, others - {threading.get_ident()})
+    seal = _Seal(roots, others - {threading.get_ident()}, waiting)
     hidden = os.environ.pop("FEDSIM_SECRET_KEY", None)
     _active.append(seal)
     try:
@@ -187,6 +196,8 @@ def _is_handle_on_ancestor(seal: _Seal, path: str, args: tuple[Any, ...]) -> boo
 
 
 def _refuse(seal: _Seal, deed: str) -> None:
+    if threading.get_ident() == seal.waiting:
+        return
     if threading.get_ident() not in seal.bystanders:
         seal.attempts.append(deed)
     raise PermissionError(f"attack code tried to {deed}")

@@ -78,11 +78,11 @@ def load_dataset(expression: str) -> DataSet:
         If the expression is wrong, or a file it names is missing or unreadable.
     """
     sys.audit("fedsim.private", "the clients' data")
-    return load_once(expression)
+    return _load_once(expression)
 
 
 @lru_cache(maxsize=4)
-def load_once(expression: str) -> DataSet:
+def _load_once(expression: str) -> DataSet:
     """Load a data set; what :func:`load_dataset` keeps."""
     dataset: DataSet = registry.build("dataset", expression, "data.dataset")
     return dataset

@@ -17,9 +17,8 @@ from fedsim.attack import Attack, Manipulation, ModelToSend, Paper, Reconstructi
 from fedsim.audit.vault import Vault
 from fedsim.client_app import app
 from fedsim.engines.inline import HOST, InlineGrid
-from fedsim.local import Local
 from fedsim.parts import Parts, check
-from fedsim.run import federate, reconstruct
+from fedsim.run import federate, plainly, reconstruct
 from fedsim.run_folder import RunFolder
 from fedsim.scenario import Scenario
 from fedsim.threat import Capability, Knowledge
@@ -75,7 +74,8 @@ def federated(folder: Path, changes: dict[str, Any] | None = None, run_id: int =
     made = RunFolder.create(wanted, run_id=run_id, engine="inline", command="a test")
     ran = Ran(made, parts)
     with inline(made, wanted) as (grid, context):
-        federate(parts, grid, context, made)
+        with plainly(made):
+            federate(parts, grid, context, made)
         if parts.attack is not None:
             reconstruct(parts, parts.attack, made)
     return ran
@@ -155,7 +155,3 @@ def plain_gradient(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str
     model.zero_grad()
     nn.functional.cross_entropy(model(images), labels).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def local_rule(parts: Parts) -> Local:
-    return parts.local

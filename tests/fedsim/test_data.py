@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fedsim.data import DataSet, Split, load_dataset
-from fedsim.data.dataset import load_once
+from fedsim.data.dataset import _load_once
 from fedsim.data.embedded import FLATTEST, photo_tiles
 from fedsim.data.holdout import hold_out
 from fedsim.data.tensors import save_tensors
@@ -32,7 +32,7 @@ SHAPES = {
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
     yield
-    load_once.cache_clear()
+    _load_once.cache_clear()
 
 
 def check(data: DataSet) -> None:
@@ -51,7 +51,7 @@ def test_embedded_data_is_there_whole_and_the_same_every_time(expression: str) -
     data = load_dataset(expression)
     check(data)
     assert (data.spec.shape, data.spec.num_classes) == SHAPES[expression]
-    load_once.cache_clear()
+    _load_once.cache_clear()
     again = load_dataset(expression)
     assert torch.equal(data.train.images, again.train.images)
     assert torch.equal(data.test.images, again.test.images)
