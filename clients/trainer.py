@@ -89,7 +89,9 @@ class FedAvg(Local):
             momentum=self.momentum,
             weight_decay=self.weight_decay,
         )
+        seen = torch.zeros(len(data), dtype=torch.bool)
         for indices in sampled(self._batches(len(data), ctx), len(data), defenses, ctx):
+            seen[indices] = True
             gradient = step_gradient(model, data.batch(indices), defenses, ctx)
             for name, parameter in parameters.items():
                 pull = proximal_mu * (parameter.detach() - before[name]) if proximal_mu else 0
@@ -107,7 +109,7 @@ class FedAvg(Local):
             name: before[name] + update[name] if changed else p.detach()
             for name, p in parameters.items()
         }
-        return Trained(after, clean, torch.arange(len(data)), update)
+        return Trained(after, clean, seen.nonzero().flatten(), update)
 
     def _batches(self, examples: int, ctx: ClientContext) -> Iterator[Tensor]:
         for epoch in range(self.epochs):

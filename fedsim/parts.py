@@ -13,11 +13,11 @@ from fedsim import registry
 from fedsim.attack import Attack, Manipulation
 from fedsim.channel import Channel
 from fedsim.data import DataSet, DataSpec, load_dataset, partition
-from fedsim.defense import Defense
+from fedsim.defense import Defense, guarantees
 from fedsim.errors import ScenarioError
 from fedsim.federation import build_strategy, unfit_strategy
 from fedsim.local import Local
-from fedsim.models import initial_model
+from fedsim.models import initial_model, is_buffer, travelling
 from fedsim.scenario import Scenario
 from fedsim.threat import ORACLES, THREAT_MODELS, least_model
 
@@ -132,10 +132,22 @@ def check(parts: Parts) -> None:
             component.check(model, parts.local.kind)
         except ValueError as error:
             raise ScenarioError(key, component.name, str(error)) from error
+    _check_statistics(parts, model)
     empty = [client for client, indices in enumerate(parts.partitions) if not len(indices)]
     if empty:
         remedy = f"client {empty[0]} (and {len(empty) - 1} more) would hold no example"
         raise ScenarioError("data.partition", scenario.data.partition, remedy)
+
+
+def _check_statistics(parts: Parts, model: nn.Module) -> None:
+    """Refuse a formal guarantee where BatchNorm's statistics are uploaded as they are."""
+    policy = parts.scenario.model.batchnorm
+    if policy != "shared" or not any(is_buffer(name) for name in travelling(model)):
+        return
+    plan = parts.local.plan(len(parts.partitions[0]), parts.scenario.federation.rounds)
+    if promising := sorted(guarantees(parts.defenses, plan)):
+        remedy = f"the statistics bypass {promising[0]} and void its guarantee; use 'frozen'"
+        raise ScenarioError("model.batchnorm", policy, f"{remedy} or 'private'")
 
 
 def _check_federation(parts: Parts) -> None:

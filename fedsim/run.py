@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
+from math import isfinite
 from pathlib import Path
 from typing import Any, overload
 
@@ -24,6 +25,7 @@ from fedsim.attack import Attack, Manipulation, Reconstruction
 from fedsim.audit.guard import run_sealed
 from fedsim.audit.vault import Vault
 from fedsim.data import DataSpec, Split, split_test
+from fedsim.defense import Privacy, guarantees
 from fedsim.errors import NotGranted, RunFailed
 from fedsim.federation import Applied, Refereed, build_strategy
 from fedsim.models import build_model, load_arrays, travelling
@@ -202,6 +204,19 @@ class History:
     knowledge: Knowledge | None
     started: float = field(default_factory=time.perf_counter)
 
+    @cached_property
+    def privacy(self) -> list[dict[str, Any]]:
+        """Formal guarantees, each for the client that it protects least."""
+        sizes = [len(own) for own in self.parts.partitions]
+        least: dict[str, Privacy] = {}
+        for examples in {min(sizes), max(sizes)}:
+            plan = self.parts.local.plan(examples, self.parts.scenario.federation.rounds)
+            for name, found in guarantees(self.parts.defenses, plan).items():
+                if name not in least or found.epsilon > least[name].epsilon:
+                    least[name] = found
+        told = [{"name": name, **dataclasses.asdict(found)} for name, found in least.items()]
+        return [one if isfinite(one["epsilon"]) else {**one, "epsilon": None} for one in told]
+
     def facts(self, accuracy: dict[str, float | None] | None = None) -> dict[str, Any]:
         """Return what is known so far."""
         federation, ledger = self.parts.scenario.federation, self.ledger
@@ -222,6 +237,7 @@ class History:
             "defenses_expected": [
                 {"name": d.name, "must_change": d.changes_upload} for d in self.parts.defenses
             ],
+            "privacy": self.privacy,
             "detection": [],
         }
 

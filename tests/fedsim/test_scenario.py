@@ -204,6 +204,15 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "defenses",
         "use federation.local = 'fedsgd(...)'",
     ),
+    "guarantee that shared statistics void": (
+        {
+            "defenses": "clip(norm=1.0) | gaussian(std=1.0)",
+            "model.name": "resnet20(width=4)",
+            "model.batchnorm": "shared",
+        },
+        "model.batchnorm",
+        "void its guarantee; use 'frozen' or 'private'",
+    ),
     "defenses in the wrong order": (
         {"defenses": "late | linear-only"},
         "defenses",
