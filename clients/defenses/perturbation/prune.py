@@ -44,10 +44,10 @@ class Prune(Defense):
         year=2019,
         published="CIFAR-10 accuracy 93.4 falls to 90.6 at 0.9 and 83.6 at 0.999, and hiding "
         "images takes 0.999 (Huang et al., NeurIPS 2021, as quoted elsewhere)",
-        measured="ratio attack on a first linear layer, one image, ratios 0.5 / 0.9 / 0.99: best row "
-        "72.5 / 19.2 / 9.0 dB, least squares 66.4 / 15.7 / 8.6 dB (pytest "
+        measured="ratio attack on a first linear layer, one image, ratio 0.5 / 0.9 / 0.99: best "
+        "row 72.5 / 19.2 / 9.0 dB, least squares 66.4 / 15.7 / 8.6 dB (pytest "
         "tests/clients/test_defenses_table.py); fedsim run scenarios/robbing_the_fed_pruned.toml: "
-        "92 of 256 images at 20 dB, 186 undefended (with the attack's dense variant: 9)",
+        "91 of 256 images at 20 dB, 209 undefended (with the attack's dense variant 10 of 204)",
     )
     toy: ClassVar[ToyCase] = ToyCase(
         scenario={

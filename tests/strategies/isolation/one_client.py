@@ -1,5 +1,6 @@
 """A pool of real photograph tiles, and one honest client's upload, by the real local training."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -54,29 +55,33 @@ class Range:
     dtype: torch.dtype = torch.float32
     threat_model: str = "G"
     defenses: tuple[Defense, ...] = ()
+    spec: DataSpec = SPEC
+    private: Callable[[], Split] = tiles
+    surrogate: Callable[[], Split] = tiles
 
     def knowledge(self, examples: int | None = None) -> Knowledge:
         return Knowledge(
             self.threat_model,
-            data=SPEC,
+            data=self.spec,
             training=self.local.details(),
             seed=1,
             device=torch.device("cpu"),
-            surrogate=tiles,
+            surrogate=self.surrogate,
             num_examples={"round-1-client-0": examples},
         )
 
     def craft(self, seed: int = 0) -> ModelToSend:
-        arrays = travelling(initial_model(self.body, SPEC, seed).to(self.dtype))
+        arrays = travelling(initial_model(self.body, self.spec, seed).to(self.dtype))
         return self.attack.craft(self.body, arrays, self.knowledge())
 
     def batch(self, size: int, seed: int) -> Split:
         generator = torch.Generator().manual_seed(seed)
-        return tiles().subset(torch.randperm(len(tiles()), generator=generator)[:size])
+        order = torch.randperm(len(self.private()), generator=generator)
+        return self.private().subset(order[:size])
 
     def answer(self, sent: ModelToSend, private: Split, seed: int = 0) -> ServerView:
         """Train as an honest client does on the model it was sent; return what the server gets."""
-        model = build_model(sent.expression, SPEC).to(self.dtype).eval()
+        model = build_model(sent.expression, self.spec).to(self.dtype).eval()
         load_arrays(model, sent.arrays)
         plan = self.local.plan(len(private), 1)
         ctx = ClientContext(

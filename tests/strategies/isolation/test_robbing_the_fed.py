@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -37,6 +38,12 @@ def one_image_in_each_bin(cutoffs: Tensor) -> Split:
     bins = torch.bucketize(pixels(tiles()).flatten(1).mean(dim=1), cutoffs) - 1
     chosen = torch.stack([(bins == b).nonzero().flatten()[0] for b in range(len(cutoffs))])
     return tiles().subset(chosen)
+
+
+def share_alone(values: Tensor, cutoffs: Tensor, batch: int) -> float:
+    """Expected share of images alone in their bin, for independent draws from ``values``."""
+    mass = torch.bucketize(values, cutoffs).bincount().double() / len(values)
+    return float((mass * (1 - mass) ** (batch - 1)).sum())
 
 
 def changed(view: ServerView, **received: Tensor) -> ServerView:
@@ -157,6 +164,22 @@ def test_ties_and_a_tiny_surrogate_still_give_increasing_cutoffs() -> None:
     for values in (torch.zeros(50), torch.tensor([0.2]), torch.tensor([0.1, 0.1, 0.1, 0.9])):
         cutoffs = empirical_cutoffs(values, torch.linspace(0, 1, 33, dtype=torch.float64))
         assert bool((cutoffs.diff() > 0).all())
+
+
+def test_few_surrogate_images_are_smoothed_and_cut_nearly_as_well_as_many() -> None:
+    row = torch.full((3072,), 1 / 3072, dtype=torch.float64)
+    generator, quantiles = torch.Generator().manual_seed(0), torch.linspace(0, 1, 257).double()
+    values = scalar_of(tiles(), row)
+    few = values[torch.randperm(len(values), generator=generator)[:300]]
+    edges = {
+        "few": empirical_cutoffs(few, quantiles),
+        "few, not smoothed": torch.from_numpy(np.quantile(few, quantiles, method="hazen")),
+        "all": empirical_cutoffs(values, quantiles),
+    }
+    alone = {name: share_alone(values, cutoffs, 64) for name, cutoffs in edges.items()}
+    assert alone["all"] == pytest.approx((1 - 1 / 256) ** 63, abs=0.01)
+    assert alone["few"] > alone["all"] - 0.06
+    assert alone["few, not smoothed"] < alone["all"] - 0.1
 
 
 def test_normal_bins_are_the_quantiles() -> None:
