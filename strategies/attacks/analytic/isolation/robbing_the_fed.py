@@ -102,8 +102,8 @@ class RobbingTheFed(Manipulation):
         "256 exact, 204 at 20 dB; robbing_the_fed_secagg.toml (8 x 8, one quantized sum): 54 of 64 "
         "at 20 dB, median 50 dB; robbing_the_fed_fedavg.toml (sparse, 512 bins, 141 images a "
         "client, 9 float32 steps): 1864 of 2261 exact, with variant='dense' 7.  No surrogate data "
-        "(random functional, normal quantiles), batches of 64: 0.60 above 60 dB with 256 bins, 0.85 "
-        "with 1000, where the law says 0.78 and 0.94",
+        "(random functional, normal quantiles), batches of 64: 0.60 above 60 dB with 256 bins, "
+        "0.85 with 1000, where the law says 0.78 and 0.94",
     )
     needs: ClassVar[frozenset[Capability]] = frozenset(
         {
