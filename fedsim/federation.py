@@ -194,13 +194,22 @@ class Applied(Wrapper):
                 else:
                     arrays[name] = lazily(received[name], self._applied(name, before))
             full.append(with_arrays(reply, arrays))
-        return self.inner.aggregate_train(server_round, full)
+        aggregated, metrics = self.inner.aggregate_train(server_round, full)
+        if aggregated is not None:  # FedAdam computes in double precision
+            aggregated = ArrayRecord(
+                {name: _of_type(array, self.sent[name].dtype) for name, array in aggregated.items()}
+            )
+        return aggregated, metrics
 
     def _applied(self, name: str, before: Array) -> Callable[[Any], Any]:
         if self.lr is None or is_buffer(name):
             return lambda after: after.astype(before.dtype)
         lr = self.lr
         return lambda gradient: (before.numpy() - lr * gradient).astype(before.dtype)
+
+
+def _of_type(array: Array, dtype: str) -> Array:
+    return array if array.dtype == dtype else Array(array.numpy().astype(dtype))
 
 
 class Refereed(Wrapper):

@@ -1,0 +1,189 @@
+"""Receipts say what really happened; a run in which nothing happened must not be believed."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedsim.defense import Batch, ClientContext, Defense, Effect, Tensors, Verdict
+from fedsim.engines.inline import run_inline
+from fedsim.errors import RunFailed
+from fedsim.receipts import measured_batch, measured_update
+from tests.fedsim.small import federated, latest, meddling, plug_in, scenario, watching
+
+CTX: Any = None
+UPDATE = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0])}
+
+
+def effect_of(hook: Any, *, times: int = 1) -> dict[str, Any]:
+    effect = Effect()
+    for _ in range(times):
+        measured_update(effect, hook, UPDATE, CTX)
+    return effect.receipt()
+
+
+def test_a_hook_that_returns_what_it_got_changed_nothing() -> None:
+    receipt = effect_of(lambda update, ctx: update)
+    assert not receipt["changed"]
+    assert receipt["cosine"] is receipt["norm_ratio"] is None
+    assert not effect_of(lambda update, ctx: {n: t.clone() for n, t in update.items()})["changed"]
+
+
+@pytest.mark.parametrize(
+    ("hook", "cosine", "ratio"),
+    [
+        (lambda update, ctx: {n: t / 2 for n, t in update.items()}, 1.0, 0.5),
+        (lambda update, ctx: {n: -t for n, t in update.items()}, -1.0, 1.0),
+        (lambda update, ctx: {"a": update["a"], "b": update["b"] * 0}, 0.6, 0.6),
+        (lambda update, ctx: {n: t * 0 for n, t in update.items()}, None, 0.0),
+    ],
+)
+def test_cosine_and_norm_ratio_are_over_all_arrays(
+    hook: Any, cosine: float | None, ratio: float
+) -> None:
+    for times in (1, 3):
+        receipt = effect_of(hook, times=times)
+        assert receipt["changed"]
+        assert receipt["norm_ratio"] == pytest.approx(ratio)
+        assert receipt["cosine"] == (None if cosine is None else pytest.approx(cosine))
+
+
+def test_a_batch_is_changed_if_its_images_or_labels_are() -> None:
+    batch: Batch = torch.zeros(2, 1, 8, 8), torch.tensor([1, 2])
+    changes: dict[str, tuple[Any, bool]] = {
+        "same": (lambda b, ctx: b, False),
+        "equal": (lambda b, ctx: (b[0].clone(), b[1].clone()), False),
+        "images": (lambda b, ctx: (b[0] + 1, b[1]), True),
+        "labels": (lambda b, ctx: (b[0], b[1] + 1), True),
+        "soft labels": (lambda b, ctx: (b[0], torch.eye(3)[b[1]]), True),
+        "larger batch": (lambda b, ctx: (b[0].repeat(2, 1, 1, 1), b[1].repeat(2)), True),
+    }
+    for hook, changed in changes.values():
+        effect = Effect()
+        measured_batch(effect, hook, batch, CTX)
+        assert effect.changed == changed
+
+
+# -- in a run -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Idle(Defense):
+    """Does nothing, and should."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blinking(Defense):
+    """Changes the batch, of half the clients."""
+
+    def transform_batch(self, batch: Batch, ctx: ClientContext) -> Batch:
+        return (1 - batch[0], batch[1]) if ctx.client % 2 else batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suspicious(Defense):
+    """Refuses the model, at some clients, and says what it measured."""
+
+    refusing: int = 1
+    changes_upload = False
+
+    def inspect(self, model: nn.Module, received: Tensors, ctx: ClientContext) -> Verdict:
+        return Verdict(
+            accept=ctx.client >= self.refusing,
+            checks={"largest": float(max(t.abs().max() for t in received.values()))},
+            reason="too large a weight",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparse(Defense):
+    """Trains on the first half of the examples only."""
+
+    changes_upload = False
+
+    def sampler(self, batches: Iterable[Tensor], examples: int, ctx: ClientContext) -> Any:
+        return [torch.arange(2)]
+
+
+@pytest.fixture(autouse=True)
+def _plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    plug_in(monkeypatch, "attack", "watching", watching(lambda views, knowledge: list(views)))
+    plug_in(monkeypatch, "attack", "blind", watching(lambda views, knowledge: None))
+    plug_in(monkeypatch, "attack", "meddling", meddling(lambda arrays, knowledge: None))
+    for name, one in {
+        "idle": Idle, "blinking": Blinking, "suspicious": Suspicious, "sparse": Sparse,
+    }.items():  # fmt: skip
+        plug_in(monkeypatch, "defense", name, one)
+
+
+def test_a_defense_leaves_its_receipt_in_the_vault(tmp_path: Path) -> None:
+    changes = {"attack": "watching", "defenses": "blinking | clip(norm=1e-3)"}
+    ran = federated(tmp_path, changes)
+    for record in ran.vault:
+        blinking, clip = record.receipts
+        assert blinking["changed"] == bool(record.client % 2)
+        assert clip["name"] == "clip"
+        assert clip["parameters"]["norm"] == 1e-3
+        assert clip["changed"]
+        assert clip["cosine"] == pytest.approx(1.0, abs=1e-5)
+        assert 0 < clip["norm_ratio"] < 1
+        assert clip["seconds"] > 0
+    expected = [("blinking", True), ("clip", True)]
+    told = ran.federation["defenses_expected"]
+    assert [(one["name"], one["must_change"]) for one in told] == expected
+
+
+def test_a_run_whose_defense_changed_nothing_fails_loudly(tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match=r"'idle' is switched on and changed 0/4 uploads"):
+        run_inline(scenario(tmp_path, {"attack": "watching", "defenses": "idle"}), "a test")
+    report = json.loads((latest(tmp_path).path / "report.json").read_text())
+    assert "idle" in report["failed"]
+
+
+def test_an_honest_runs_idle_defense_fails_it_too(tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match="'idle' is switched on"):
+        run_inline(scenario(tmp_path, {"attack": "none", "defenses": "idle"}), "a test")
+
+
+def test_a_run_whose_attack_read_nothing_fails_loudly(tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match="'blind' used nothing: it read no view"):
+        run_inline(scenario(tmp_path, {"attack": "blind"}), "a test")
+
+
+def test_a_manipulation_says_whom_it_reached(tmp_path: Path) -> None:
+    page = run_inline(scenario(tmp_path, {"attack": "meddling"}), "a test")
+    report = json.loads(page.with_suffix(".json").read_text())
+    assert report["federation"]["receipts"] == ["sent a modified model to 4/4 clients in round 1"]
+
+
+def test_a_client_that_refuses_the_model_is_named_with_what_it_measured(tmp_path: Path) -> None:
+    page = run_inline(scenario(tmp_path, {"attack": "watching", "defenses": "suspicious"}), "test")
+    report = json.loads(page.with_suffix(".json").read_text())
+    (failure,) = report["federation"]["failures"]
+    assert failure["client"] == 0
+    assert "suspicious refused the model: too large a weight" in failure["reason"]
+    verdicts = {one["client"]: one["verdict"] for one in report["detection"]}
+    assert verdicts[0].startswith("refused")
+    assert verdicts[3] == "accepted"
+    assert all(one["checks"]["largest"] > 0 for one in report["detection"])
+
+
+def test_the_vault_holds_what_was_trained_on(tmp_path: Path) -> None:
+    changes = {
+        "attack": "watching",
+        "defenses": "sparse",
+        "federation.local": "fedavg(batch_size=4)",
+    }
+    ran = federated(tmp_path, changes)
+    split = ran.parts.dataset.train
+    for record in ran.vault:
+        assert record.indices.tolist() == [0, 1]
+        images, labels = split.batch(ran.parts.partitions[record.client][:2])
+        assert torch.equal(record.examples, images)
+        assert torch.equal(record.labels, labels)
+    assert {view.num_examples for view in ran.views} == {2}

@@ -1,0 +1,177 @@
+"""Behind secure aggregation the server gets one sum, exact to the quantization, and no upload."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key
+from flwr.server.workflow.secure_aggregation import secaggplus_workflow
+from torch import Tensor
+
+from fedsim.parts import Parts, check
+from fedsim.registry import build
+from strategies.channels.secagg import SecAgg
+from tests.fedsim.small import Ran, federated, meddling, plug_in, scenario, watching
+
+FEDAVG = "fedavg(epochs=1, batch_size=32, lr=0.1)"
+SKEWED = {"data.partition": "dirichlet(alpha=1.0, min_partition_size=5)"}
+
+
+@pytest.fixture(autouse=True)
+def _watching(monkeypatch: pytest.MonkeyPatch) -> None:
+    plug_in(monkeypatch, "attack", "watching", watching(lambda views, knowledge: None))
+
+
+def summed(folder: Path, changes: dict[str, Any]) -> Ran:
+    return federated(folder, {"attack": "watching", **changes})
+
+
+def uploads(ran: Ran, name: str) -> tuple[Tensor, Tensor]:
+    """Return every client's upload as it was sent, ``[C, ...]``, and its weight, ``[C]``."""
+    records = list(ran.vault)
+    sent = [record.upload[name].double() for record in records if record.upload]
+    return torch.stack(sent), torch.tensor([float(len(r.labels)) for r in records]).double()
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "gradients": {"channel": "secagg(max_weight=2)"},
+    "gradients of few examples": {"channel": "secagg"},
+    "weights": {"channel": "secagg(max_weight=1000)", "federation.local": FEDAVG},
+    "unequal weights": {"channel": "secagg(max_weight=1000)", "federation.local": FEDAVG, **SKEWED},
+    "coarse": {"channel": "secagg(max_weight=2, quantization_range=4096)"},
+    "few shares": {"channel": "secagg(max_weight=2, num_shares=0.5)", "federation.clients": 7},
+    "two clients": {"channel": "secagg(max_weight=2)", "federation.clients": 2},
+    "double precision": {"channel": "secagg(max_weight=2)", "federation.precision": "float64"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_sum_is_the_weighted_mean_to_the_quantization(kind: str, tmp_path: Path) -> None:
+    ran = summed(tmp_path, KINDS[kind])
+    (view,) = ran.views
+    clients = ran.parts.scenario.federation.clients
+    assert view.senders == tuple(range(clients))
+    assert view.metrics == {}
+    told = ran.federation["channel"]
+    for name, found in view.received.items():
+        sent, weights = uploads(ran, name)
+        assert view.num_examples == int(weights.sum())
+        shares = weights / weights.sum()
+        mean = torch.tensordot(shares, sent, dims=1)
+        # Each client rounds weight/max_weight times its value by less than a step; float32 besides.
+        total = weights.sum() / told["max_weight"]
+        bound = clients * told["quantization_step"] / total + 1e-6
+        assert found.shape == sent.shape[1:]
+        assert (found.double() - mean).abs().max() <= bound
+
+
+def test_a_long_run_behind_it_learns_as_one_in_the_clear(tmp_path: Path) -> None:
+    changes = {"attack": "none", "federation.local": FEDAVG, "federation.rounds": 8}
+    clear = federated(tmp_path, changes)
+    behind = federated(tmp_path, {**changes, "channel": "secagg"})
+    found, expected = (ran.federation["accuracy"]["after"] for ran in (behind, clear))
+    assert expected > 0.5
+    assert found == pytest.approx(expected, abs=0.012)
+
+
+@pytest.mark.parametrize("strategy", ["fedadam(eta=0.01)", "fedprox(proximal_mu=0.1)", "fedavgm"])
+def test_any_averaging_strategy_can_sit_behind_it(strategy: str, tmp_path: Path) -> None:
+    changes = {"federation.strategy": strategy, "federation.local": FEDAVG, "channel": "secagg"}
+    ran = summed(tmp_path, {**changes, "federation.rounds": 2})
+    assert [view.round for view in ran.views] == [1, 2]
+    assert ran.failures == []
+
+
+def test_batchnorm_statistics_are_summed_where_they_are_shared(tmp_path: Path) -> None:
+    for policy, shared in (("shared", True), ("frozen", False)):
+        changes = {
+            "model.name": "resnet20(width=4)",
+            "model.batchnorm": policy,
+            "federation.local": "fedsgd(batch_size=4)",
+            "channel": "secagg(max_weight=4)",
+        }
+        (view,) = summed(tmp_path, changes).views
+        assert ("norm1.running_mean" in view.received) == shared
+        if shared:
+            mean = torch.stack([r.upload["norm1.running_mean"] for r in summed(
+                tmp_path, changes).vault if r.upload]).mean(dim=0)  # fmt: skip
+            assert torch.allclose(view.received["norm1.running_mean"].float(), mean, atol=1e-4)
+
+
+def test_a_manipulator_behind_it_gets_one_sum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plug_in(monkeypatch, "attack", "meddling", meddling(lambda arrays, knowledge: None))
+    ran = federated(tmp_path, {"attack": "meddling", "channel": "secagg(max_weight=2)"})
+    assert [view.label for view in ran.views] == ["round-1-aggregate-of-4"]
+
+
+def test_what_one_client_sends_says_nothing_of_its_upload(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masked uploads are uniform over the modulus, and differ from each other in every entry."""
+    masked: list[np.ndarray[Any, Any]] = []
+    honest = secaggplus_workflow.bytes_to_ndarray
+
+    def peep(content: bytes) -> Any:
+        array = honest(content)
+        masked.append(array)
+        return array
+
+    monkeypatch.setattr(secaggplus_workflow, "bytes_to_ndarray", peep)
+    ran = summed(tmp_path, {"channel": "secagg(max_weight=2)", "federation.clients": 3})
+    layers = [array for array in masked if array.shape == (8, 64)]
+    assert len(layers) == 3
+    sent, _ = uploads(ran, "1.weight")
+    for layer, upload in zip(layers, sent, strict=True):
+        share = layer.astype(np.float64) / 2**32
+        assert 0 <= share.min() < 0.02 < 0.98 < share.max() < 1
+        assert abs(share.mean() - 0.5) < 0.06
+        assert abs(np.corrcoef(share.ravel(), upload.numpy().ravel())[0, 1]) < 0.2
+    assert (layers[0] != layers[1]).mean() > 0.99
+
+
+def test_keys_and_masks_are_new_in_every_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bytes] = []
+    honest = SecAgg.client
+
+    def client(self: SecAgg, *args: Any) -> Any:
+        reply = honest(self, *args)
+        told = reply.content.config_records[RECORD_KEY_CONFIGS]
+        seen.extend(told[key] for key in (Key.PUBLIC_KEY_1, Key.PUBLIC_KEY_2) if key in told)
+        return reply
+
+    monkeypatch.setattr(SecAgg, "client", client)
+    summed(tmp_path, {"channel": "secagg(max_weight=2)", "federation.rounds": 2})
+    assert len(seen) == len(set(seen)) == 2 * 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("channel", "clients", "fits"),
+    [
+        ("secagg", 1023, True),
+        ("secagg", 1024, False),
+        ("secagg", 2, True),
+        ("secagg", 1, False),
+        ("secagg(quantization_range=65536)", 65_535, True),
+        ("secagg(quantization_range=65536)", 65_536, False),
+    ],
+)
+def test_a_cohort_must_hide_its_members_and_not_overflow(
+    channel: str, clients: int, fits: bool
+) -> None:
+    built: SecAgg = build("channel", channel, "channel")
+    if fits:
+        return built.check(clients)
+    with pytest.raises(ValueError, match=r"nothing to hide in|would overflow"):
+        built.check(clients)
+
+
+def test_its_cohort_is_those_who_train_not_those_who_are_there(tmp_path: Path) -> None:
+    check(Parts(scenario(tmp_path, {"channel": "secagg", "federation.fraction": 0.5})))
+    with pytest.raises(ValueError, match="a cohort of 1"):
+        check(Parts(scenario(tmp_path, {"channel": "secagg", "federation.fraction": 0.25})))
