@@ -99,9 +99,10 @@ def invert(views: Sequence[ServerView], knowledge: Knowledge, recipe: Recipe) ->
         parametrization = recipe.parametrization(group)
         best = solve(group, parametrization, knowledge, recipe, tally)
         alive = best.distance.isfinite().nonzero().squeeze(1)
-        decoded = parametrization.take(alive).decode(best.variables[alive])
-        images.append(decoded[0].clamp(0, 1).flatten(0, 1).cpu())
-        labels.append(decoded[1].argmax(dim=-1).flatten().cpu())
+        pictures, named = parametrization.take(alive).decode(best.variables[alive])
+        images.append(pictures.clamp(0, 1).flatten(0, 1).cpu())
+        named = named.argmax(dim=-1) if named.is_floating_point() else named
+        labels.append(named.flatten().cpu())
         alive = alive.cpu()
         places.append(torch.tensor(group.indices)[alive].repeat_interleave(group.batch_size))
         scores.append(-best.distance.cpu()[alive].repeat_interleave(group.batch_size))
@@ -146,7 +147,7 @@ def solve(
             tally.show(0, 0)
             tally.evaluations += result.evaluations
             tried.update(rows.tolist())
-            lost.update(rows[~result.finite].tolist())
+            lost.update(rows[~result.last.isfinite()].tolist())
             _choose(best, rows, result)
     for view, label in enumerate(one.label for one in group.views):
         tally.receipts.append(_receipt(label, tried[view], lost[view], best.distance[view].item()))

@@ -45,9 +45,10 @@ class Matching:
         images, labels = self.parametrization.decode(variables)
         gradients = self.gradients(images, labels)
         with torch.no_grad():
-            torch.cat([g.flatten(1) for g in gradients], dim=1, out=self._flat)
+            rows = [gradient.reshape(len(variables), -1) for gradient in gradients]
+            torch.cat(rows, dim=1, out=self._flat)
             distance, derivative = self.objective(self._flat)
-            pieces = torch.split(derivative, [g[0].numel() for g in gradients], dim=1)
+            pieces = torch.split(derivative, [row.shape[1] for row in rows], dim=1)
             ends = [
                 (gradient, piece.view_as(gradient))
                 for gradient, piece in zip(gradients, pieces, strict=True)
@@ -73,21 +74,20 @@ class Matching:
 class Best:
     """The point of lowest cost of each problem: variables ``[T, n]``, distance and cost ``[T]``.
 
-    A problem whose cost was never finite has the cost infinity; ``finite`` ``[T]`` says of each
-    whether it was at the last look.
+    A problem whose cost was never finite has the cost infinity; ``last`` ``[T]`` is the latest.
     """
 
     variables: Tensor
     distance: Tensor
     cost: Tensor
-    finite: Tensor
+    last: Tensor
     evaluations: int = 0
 
     @classmethod
     def start(cls, variables: Tensor) -> "Best":
         """Return a record with nothing in it yet."""
         nothing = variables.new_full((len(variables),), torch.inf)
-        return cls(variables.clone(), nothing, nothing.clone(), nothing.isfinite())
+        return cls(variables.clone(), nothing, nothing.clone(), nothing.clone())
 
     def note(self, variables: Tensor, now: Evaluation) -> None:
         """Keep what is lower than before; the device is not waited for."""
@@ -95,17 +95,17 @@ class Best:
         self.cost = torch.where(lower, now.cost, self.cost)
         self.distance = torch.where(lower, now.distance, self.distance)
         torch.where(lower.unsqueeze(1), variables, self.variables, out=self.variables)
-        self.finite = now.cost.isfinite()
+        self.last = now.cost
         self.evaluations += len(variables)
 
     def take(self, rows: Tensor) -> "Best":
         """Return the record of some of the problems."""
-        return Best(self.variables[rows], self.distance[rows], self.cost[rows], self.finite[rows])
+        return Best(self.variables[rows], self.distance[rows], self.cost[rows], self.last[rows])
 
     def put(self, rows: Tensor, part: "Best") -> None:
         """Write back the record of some of the problems."""
         self.variables[rows], self.distance[rows] = part.variables, part.distance
-        self.cost[rows], self.finite[rows] = part.cost, part.finite
+        self.cost[rows], self.last[rows] = part.cost, part.last
         self.evaluations += part.evaluations
 
 
@@ -143,7 +143,7 @@ def minimize(
         if iteration and iteration % TELL_EVERY == 0:
             tell(iteration)
         if patience is not None and iteration % patience == 0:
-            going = part.finite & (part.cost < (1 - LEAST_FALL) * mark)
+            going = part.last.isfinite() & (part.cost < (1 - LEAST_FALL) * mark)
             mark = part.cost
             if not going.all():  # drop what goes nowhere, so that the rest goes faster
                 kept = going.nonzero().squeeze(1)

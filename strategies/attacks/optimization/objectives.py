@@ -53,7 +53,7 @@ class Cosine(Objective):
         Computed as ``|u - v|^2 / 2`` of the unit vectors, which keeps its digits near 0, where
         ``1 - u.v`` has none left.
         """
-        inverse = 1 / torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
+        inverse = torch.linalg.vector_norm(gradients, dim=1, keepdim=True).reciprocal_()
         gap = torch.addcmul(self.observed, gradients, inverse, out=gradients)  # u - v
         distance = torch.linalg.vecdot(gap, gap).div_(2)
         # (cos u - v) / |F|, and u = gap + v

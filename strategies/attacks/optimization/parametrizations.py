@@ -6,7 +6,6 @@ from typing import Self
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from fedsim.data import DataSpec
 
@@ -20,7 +19,10 @@ class Parametrization(ABC):
 
     @abstractmethod
     def decode(self, variables: Tensor) -> tuple[Tensor, Tensor]:
-        """Return images ``[T, B, C, H, W]`` in ``[0, 1]`` and label probabilities ``[T, B, K]``."""
+        """Return images ``[T, B, C, H, W]`` and labels ``[T, B]`` or, as probabilities, ``[.., K]``.
+
+        Images have values in ``[0, 1]`` where the variables are in their box.
+        """
 
     def box(self, variables: Tensor) -> None:  # noqa: B027
         """Bring variables back, in place, to where images have values in ``[0, 1]``."""
@@ -52,16 +54,15 @@ class NormalizedPixels(Parametrization):
             torch.tensor(values, dtype=dtype, device=labels.device).view(-1, 1, 1)
             for values in (spec.mean, spec.std)
         )
-        self.probabilities = one_hot(labels, spec.num_classes).to(dtype)
 
     def start(self, generator: torch.Generator) -> Tensor:
         """Return standard normal numbers ``[B * C * H * W]``."""
         return torch.randn(self.labels.shape[1] * prod(self.spec.shape), generator=generator)
 
     def decode(self, variables: Tensor) -> tuple[Tensor, Tensor]:
-        """Return images and one-hot labels."""
+        """Return images and the labels as they are."""
         standardized = variables.view(*self.labels.shape, *self.spec.shape)
-        return torch.addcmul(self.mean, standardized, self.std), self.probabilities
+        return torch.addcmul(self.mean, standardized, self.std), self.labels
 
     def box(self, variables: Tensor) -> None:
         """Clamp each channel to the standardized ``[0, 1]``."""

@@ -44,8 +44,8 @@ class TotalVariation(Prior):
             near, far = images.narrow(dim, 0, length), images.narrow(dim, 1, length)
             step = far - near
             weight = self.scale / step[0].numel()
-            penalty += (step.abs() * weight).flatten(1).sum(dim=1)
-            pull = step.sign_().mul_(weight)
+            pull = step.sign().mul_(weight)
+            penalty += step.mul_(pull).flatten(1).sum(dim=1)  # x sign(x) = |x|
             derivative.narrow(dim, 1, length).add_(pull)
             derivative.narrow(dim, 0, length).sub_(pull)
         return penalty, derivative

@@ -35,10 +35,7 @@ def cifar10() -> Split:
     if folder is None or not path.exists():
         pytest.skip("FEDSIM_TEST_DATA names no folder that holds cifar10/train_1.npz")
     with np.load(path) as stored:
-        arrays = {name: torch.from_numpy(stored[name]) for name in stored.files}
-    images = next(a for a in arrays.values() if a.ndim == 4)
-    labels = next(a for a in arrays.values() if a.ndim == 1)
-    return Split(images, labels.long())
+        return Split(torch.from_numpy(stored["x"]), torch.from_numpy(stored["y"]).long())
 
 
 def batch(split: Split, size: int, seed: int, dtype: torch.dtype = torch.float32):
