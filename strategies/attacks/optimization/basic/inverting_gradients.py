@@ -72,8 +72,8 @@ class InvertingGradients(Attack):
             "federation.local": "fedsgd(batch_size=1, lr=0.1)",
         },
         figure="leak.psnr.mean",
-        low=16.0,
-        high=35.0,
+        low=20.0,
+        high=50.0,
     )
 
     iterations: Annotated[int, Field(ge=1)] = 4000
