@@ -5,37 +5,35 @@ leaves plain files in the run folder; the next one starts from them.
 """
 
 import dataclasses
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import isfinite
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedsim import reconstructions, registry, report, seeds
-from fedsim.attack import Attack, Manipulation, Reconstruction
+from fedsim import registry, report
+from fedsim.adversary import build_knowledge, reconstruct
+from fedsim.attack import Manipulation
 from fedsim.audit.guard import run_sealed
-from fedsim.audit.vault import Vault
 from fedsim.data import DataSpec, Split, split_test
 from fedsim.defense import Privacy, guarantees
-from fedsim.errors import NotGranted, RunFailed
+from fedsim.errors import RunFailed
 from fedsim.federation import Applied, Refereed, build_strategy
 from fedsim.models import build_model, load_arrays, travelling
 from fedsim.parts import Parts
 from fedsim.population import Ledger, Population
 from fedsim.progress import Progress
-from fedsim.run_folder import RunFolder, explain_os_error
+from fedsim.run_folder import RunFolder, plainly
 from fedsim.scenario import Scenario
-from fedsim.threat import THREAT_MODELS, Capability, Knowledge, Statistics
-from fedsim.view import SavedViews, ServerView
+from fedsim.threat import Knowledge
 
 
 def run(scenario: Scenario, grid: Grid, context: Context, folder: RunFolder) -> Path:
@@ -54,19 +52,6 @@ def run(scenario: Scenario, grid: Grid, context: Context, folder: RunFolder) -> 
     with plainly(folder):
         folder.gather_vault()
     return write_report(folder)
-
-
-@contextmanager
-def plainly(folder: RunFolder) -> Iterator[None]:
-    """Say what an error of the disk, or a refusal by the guard, means for the run."""
-    try:
-        yield
-    except NotGranted:
-        raise
-    except OSError as error:
-        if isinstance(error, PermissionError) and error.errno is None:
-            raise RunFailed(f"{error}: nothing it made may be believed") from error
-        raise explain_os_error(error, folder.path) from error
 
 
 def federate(parts: Parts, grid: Grid, context: Context, folder: RunFolder) -> None:
@@ -99,7 +84,7 @@ def _server(parts: Parts, folder: RunFolder) -> tuple[Strategy, list[str], Knowl
     views, kind = folder.path / "views", parts.local.kind
     if isinstance(parts.attack, Manipulation):
         seal = partial(run_sealed, paths=folder.sealed_paths())
-        knowledge = _knowledge(parts, folder, Progress("crafting", "steps"))
+        knowledge = build_knowledge(parts, folder, Progress("crafting", "steps"))
         role = registry.components("role")["manipulator"](
             applied, views, kind, attack=parts.attack, knowledge=knowledge, seal=seal
         )
@@ -242,146 +227,6 @@ class History:
         }
 
 
-# -- reconstruction ------------------------------------------------------------------------------
-
-
-class BlankedViews(Sequence[ServerView]):
-    """Views without the number of examples, which an attack asks its knowledge for.
-
-    ``read`` returns one view by its position; it keeps the files to itself.
-    """
-
-    def __init__(self, read: Callable[[int], ServerView], count: int) -> None:
-        self._read, self._count = read, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, index: int) -> ServerView: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[ServerView]: ...
-    def __getitem__(self, index: int | slice) -> ServerView | list[ServerView]:
-        if isinstance(index, slice):
-            return [self._read(at) for at in range(self._count)[index]]
-        return self._read(range(self._count)[index])
-
-
-def _blanked(saved: SavedViews, knowledge: Knowledge) -> BlankedViews:
-    def read(index: int) -> ServerView:
-        knowledge.require(Capability.UPDATES)
-        return dataclasses.replace(saved[index], num_examples=None)
-
-    return BlankedViews(read, len(saved))
-
-
-def reconstruct(parts: Parts, attack: Attack, folder: RunFolder) -> Path:
-    """Let an attack work on the saved views, sealed off from the truth; save what it made.
-
-    Raises
-    ------
-    RunFailed
-        If the server saved no view, or the attack reached for what it must not see.
-    NotGranted
-        If the attack asked for what its threat model does not grant.
-    """
-    with plainly(folder):
-        return _reconstruct(parts, attack, folder)
-
-
-def _reconstruct(parts: Parts, attack: Attack, folder: RunFolder) -> Path:
-    saved = SavedViews(folder.path / "views")
-    if not len(saved):
-        raise RunFailed("the server saw no upload: there is nothing to reconstruct from")
-    facts = saved.facts()
-    knowledge = _knowledge(parts, folder, Progress(attack.name, "iterations"), attack)
-    started = time.perf_counter()
-    result: Reconstruction = run_sealed(
-        attack.reconstruct, _blanked(saved, knowledge), knowledge, paths=folder.sealed_paths()
-    )
-    seconds = time.perf_counter() - started
-    cost = dataclasses.replace(result.cost, seconds=seconds)
-    told = reconstructions.Facts(
-        expression=parts.scenario.attack,
-        name=attack.name,
-        paper=f"{attack.paper.authors}: {attack.paper.title}, {attack.paper.venue} "
-        f"{attack.paper.year}",
-        used=tuple(sorted({c.value for c in knowledge.used} | _used_in_crafting(attack, folder))),
-        oracles=tuple(sorted(knowledge.oracles_used)),
-        view_labels=tuple(fact["label"] for fact in facts),
-        senders=tuple(tuple(fact["senders"]) for fact in facts),
-        rounds=tuple(fact["round"] for fact in facts),
-    )
-    path = reconstructions.save(
-        folder.path / "reconstructions", dataclasses.replace(result, cost=cost), told
-    )
-    folder.event("reconstructed", attack=parts.scenario.attack, seconds=seconds)
-    return path
-
-
-def _used_in_crafting(attack: Attack, folder: RunFolder) -> set[str]:
-    if not isinstance(attack, Manipulation):
-        return set()
-    told = folder.path / "federation.json"
-    used = json.loads(told.read_text())["used"] if told.exists() else []
-    return {*used, Capability.MANIPULATION.value}
-
-
-def _knowledge(
-    parts: Parts, folder: RunFolder, progress: Progress, attack: Attack | None = None
-) -> Knowledge:
-    """Build what the scenario's threat model lets an attack know, and load it: later it is sealed.
-
-    ``attack`` is None while a manipulator crafts: there is no oracle before anybody has trained.
-    """
-    scenario = parts.scenario
-    surrogate = split_test(parts.dataset.test, scenario.seed)[0]
-    views = SavedViews(folder.path / "views").facts()
-    statistics: dict[int, Statistics] = {}
-    if Capability.STATISTICS in THREAT_MODELS[scenario.threat_model]:
-        statistics = _statistics(parts)
-    oracles = {}
-    if attack is not None and "labels" in parts.oracles & attack.oracles:
-        truth = _true_labels(folder, views)
-        oracles["labels"] = lambda view: truth[view.label]
-    return Knowledge(
-        scenario.threat_model,
-        data=parts.spec,
-        training=parts.local.details(),
-        seed=seeds.derive(scenario.seed, "attack"),
-        device=parts.device,
-        batchnorm=scenario.model.batchnorm,
-        surrogate=lambda: surrogate,
-        statistics=statistics.__getitem__,
-        oracles=oracles,
-        num_examples={fact["label"]: fact["num_examples"] for fact in views},
-        progress=progress,
-    )
-
-
-def _statistics(parts: Parts) -> dict[int, Statistics]:
-    """Return every client's class distribution."""
-    labels, classes = parts.dataset.train.labels, parts.spec.num_classes
-    counted = [torch.bincount(labels[own], minlength=classes) for own in parts.partitions]
-    return {client: Statistics(counts / counts.sum()) for client, counts in enumerate(counted)}
-
-
-def _true_labels(folder: RunFolder, views: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Read the labels behind each view: the oracle grant."""
-    folder.gather_vault()
-    vault = Vault(folder.path / "vault")
-    truth = {}
-    for fact in views:
-        records = [vault.record(client, fact["round"]) for client in fact["senders"]]
-        if any(record is None for record in records):
-            raise RunFailed(
-                "the labels oracle needs the vault, and it is not here: "
-                "run fedsim report RUN --vault DIR, then fedsim attack RUN EXPRESSION"
-            )
-        truth[fact["label"]] = torch.cat([r.labels for r in records if r is not None])
-    return truth
-
-
 # -- report ----------------------------------------------------------------------------------------
 
 
@@ -402,3 +247,6 @@ def write_report(folder: RunFolder) -> Path:
     if verdict.failed:
         raise RunFailed(f"{verdict.failed} (report: {page})")
     return page
+
+
+__all__ = ["accuracy", "federate", "reconstruct", "run", "write_report"]

@@ -7,6 +7,8 @@ import secrets
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 
 from fedsim import seeds
-from fedsim.errors import RunFailed, ScenarioError
+from fedsim.errors import NotGranted, RunFailed, ScenarioError
 from fedsim.files import write_atomically, write_json
 from fedsim.scenario import Scenario
 
@@ -138,3 +140,16 @@ def explain_os_error(error: OSError, folder: Path) -> RunFailed:
         f"could not write ({error.strerror or error}: {error.filename or folder}); "
         f"what was saved before stays readable in {folder}"
     )
+
+
+@contextmanager
+def plainly(folder: RunFolder) -> Iterator[None]:
+    """Say what an error of the disk, or a refusal by the guard, means for the run."""
+    try:
+        yield
+    except NotGranted:
+        raise
+    except OSError as error:
+        if isinstance(error, PermissionError) and error.errno is None:
+            raise RunFailed(f"{error}: nothing it made may be believed") from error
+        raise explain_os_error(error, folder.path) from error

@@ -92,7 +92,7 @@ def run_sealed(function: Callable[..., T], *args: Any, paths: Sequence[Path] = (
     outcome: list[T] = []
     raised: list[BaseException] = []
     attempts: list[str] = []
-    caller = threading.get_ident()
+    caller, done = threading.get_ident(), threading.Event()
 
     def inside() -> None:
         try:
@@ -103,10 +103,10 @@ def run_sealed(function: Callable[..., T], *args: Any, paths: Sequence[Path] = (
                     attempts.extend(tried)
         except BaseException as error:
             raised.append(error)
+        done.set()
 
-    thread = threading.Thread(target=inside, name="sealed", daemon=True)
-    thread.start()
-    thread.join()
+    threading.Thread(target=inside, name="sealed", daemon=True).start()
+    done.wait()  # not join(): interrupted, it takes the thread for ended
     refused = bool(raised) and isinstance(raised[0], PermissionError)
     if attempts and not refused:  # it swallowed the refusal, or made another error of it
         raise PermissionError(f"attack code tried to {attempts[0]}, and hid the refusal")

@@ -18,8 +18,8 @@ from fedsim.audit.vault import Vault
 from fedsim.client_app import app
 from fedsim.engines.inline import HOST, InlineGrid
 from fedsim.parts import Parts, check
-from fedsim.run import federate, plainly, reconstruct
-from fedsim.run_folder import RunFolder
+from fedsim.run import federate, reconstruct
+from fedsim.run_folder import RunFolder, plainly
 from fedsim.scenario import Scenario
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import SavedViews, ServerView

@@ -1,11 +1,6 @@
 """What goes wrong at one client, on the disk or by a signal costs that much and no more."""
 
-import errno
 import json
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,14 +14,10 @@ from flwr.app import Array, Context, Message, MetricRecord, RecordDict
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS
 
 from clients.trainer import FedSGD
-from fedsim import cli, client_app, files
+from fedsim import client_app
 from fedsim.audit.verdict import judge
 from fedsim.engines.inline import run_inline
 from fedsim.errors import RunFailed
-from fedsim.run import write_report
-from fedsim.run_folder import RunFolder
-from fedsim.scenario import Scenario
-from fedsim.view import SavedViews
 from strategies.channels.secagg import SecAgg
 from tests.fedsim.small import Ran, federated, latest, plug_in, scenario, watching
 
@@ -369,153 +360,3 @@ def test_a_broken_upload_does_not_spoil_the_sum(
     assert [(r, c) for r, c, _ in ran.failures] == [(1, VICTIM), (2, VICTIM)]
     assert all(reason in failure[2] for failure in ran.failures), ran.failures
     assert [view.senders for view in ran.views] == [(0, 2, 3, 4)] * 2
-
-
-# -- the disk ----------------------------------------------------------------------------------
-
-
-def assert_readable(folder: Path) -> None:
-    assert Scenario.load(folder / "scenario.toml").title == "small"
-    for name in ("environment.json", "federation.json"):
-        if (folder / name).exists():
-            json.loads((folder / name).read_text())
-    for view in SavedViews(folder / "views"):
-        assert view.received
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)],
-        check=False, capture_output=True, text=True,
-    )  # fmt: skip
-    if mounted.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
-def test_a_full_disk_ends_the_run_in_plain_words_and_harms_nothing(
-    attack: str, tiny_disk: Path
-) -> None:
-    wanted = scenario(tiny_disk, {"attack": attack, "federation.rounds": 1000})
-    with pytest.raises(RunFailed, match=r"could not write \(No space left on device: .*small") as e:
-        run_inline(wanted, "a test")
-    assert "what was saved before stays readable in" in str(e.value)
-    folder = latest(tiny_disk).path
-    assert_readable(folder)
-    assert len(SavedViews(folder / "views")) > 4
-
-
-@pytest.mark.parametrize("after", range(0, 12, 3))
-def test_whichever_write_fails_the_message_is_plain(
-    after: int, attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    honest, count = files.write_atomically, []
-
-    def write(path: Path, content: bytes | str) -> None:
-        count.append(path)
-        if len(count) > after:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        honest(path, content)
-
-    for module in ("files", "view", "run_folder", "reconstructions", "report"):
-        monkeypatch.setattr(f"fedsim.{module}.write_atomically", write)
-    with pytest.raises(RunFailed, match=r"could not write \(No space left on device"):
-        run_inline(scenario(tmp_path, {"attack": attack}), "a test")
-    folder = next(tmp_path.glob("*-small-*"))
-    assert not list(folder.rglob("*.partial"))
-    if after:
-        assert_readable(folder)
-
-
-def test_a_folder_taken_away_ends_the_run_in_plain_words(
-    attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import shutil
-
-    def vanish(folder: RunFolder, name: str, **_: Any) -> None:
-        shutil.rmtree(folder.path)
-        (folder.path / "events.jsonl").open("a")
-
-    monkeypatch.setattr(RunFolder, "gather_vault", lambda folder: vanish(folder, "gone"))
-    with pytest.raises(RunFailed, match=r"could not write \(No such file or directory"):
-        run_inline(scenario(tmp_path, {"attack": attack}), "a test")
-
-
-# -- signals -----------------------------------------------------------------------------------
-
-
-def start(folder: Path) -> "subprocess.Popen[str]":
-    code = "import sys; from fedsim.cli import main; sys.argv[0] = 'fedsim'; main()"
-    file = folder.parent / "scenario.toml"
-    endless = {"attack": "linear-inversion", "federation.rounds": 100_000}
-    file.write_text(scenario(folder, endless).to_toml())
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, "run", str(file)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def run_folder_of(process: "subprocess.Popen[str]", rounds: int) -> Path:
-    """Wait until a run has done some rounds."""
-    assert process.stdout is not None
-    while not (line := process.stdout.readline()).startswith("run folder: "):
-        assert line, "it ended before it began"
-    folder = Path(line.removeprefix("run folder: ").strip())
-    deadline = time.monotonic() + 60
-    while (folder / "events.jsonl").read_text().count('"event": "round"') < rounds:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return folder
-
-
-def test_interrupted_and_killed_runs_keep_what_they_had(tmp_path: Path) -> None:
-    """Two runs at once into one folder; one gets Ctrl-C, the other SIGKILL."""
-    processes = start(tmp_path / "runs"), start(tmp_path / "runs")
-    try:
-        folders = [run_folder_of(process, rounds=3) for process in processes]
-        processes[0].send_signal(signal.SIGINT)
-        processes[1].kill()
-        said = processes[0].communicate(timeout=60)[1]
-        processes[1].communicate(timeout=60)
-    finally:
-        for process in processes:
-            process.kill()
-    assert processes[0].returncode == 130
-    assert f"interrupted; what was saved stays in {folders[0]}" in said
-    assert "Traceback" not in said
-    assert processes[1].returncode == -signal.SIGKILL
-    assert folders[0] != folders[1]
-    assert {path.name for path in (tmp_path / "runs").iterdir()} == {
-        "latest", folders[0].name, folders[1].name,
-    }  # fmt: skip
-    for folder in folders:
-        assert_readable(folder)
-        assert len(SavedViews(folder / "views")) >= 12
-        assert "stopped after round" in str(judge(folder).stopped)
-        cli.report(folder)
-        cli.attack(folder, "linear-inversion(layer='1')")
-        page = json.loads((folder / "report.json").read_text())
-        assert page["attack"]["expression"] == "linear-inversion(layer='1')"
-    assert not list(folders[0].glob(".spool-*"))
-
-
-def test_an_attack_that_fails_leaves_a_run_that_can_be_attacked_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(views: object, knowledge: object) -> None:
-        raise ArithmeticError("the attack's own mistake")
-
-    plug_in(monkeypatch, "attack", "failing", watching(fails))
-    plug_in(monkeypatch, "attack", "watching", watching(lambda views, knowledge: list(views)))
-    with pytest.raises(ArithmeticError):
-        run_inline(scenario(tmp_path, {"attack": "failing"}), "a test")
-    folder = latest(tmp_path)
-    assert "stopped before its attack was done" in str(judge(folder.path).stopped)
-    cli.attack(folder.path, "watching")
-    assert write_report(folder).is_file()
