@@ -181,6 +181,8 @@ def _refuse_paths(seal: _Seal, event: str, args: tuple[Any, ...]) -> None:
             _refuse(seal, f"touch a sealed path ({event} {path})")
         if path.startswith("/proc/") and path.endswith(("/mem", "/environ")):
             _refuse(seal, f"read a process's memory ({path})")
+        if event == "os.rename" and any(root.startswith(path + os.sep) for root in seal.roots):
+            _refuse(seal, f"rename a folder that holds a sealed path ({path})")
         if event == "open" and _is_handle_on_ancestor(seal, path, args):
             _refuse(seal, f"open a folder that holds a sealed path ({path})")
 

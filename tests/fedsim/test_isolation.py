@@ -72,6 +72,7 @@ CHEATS: dict[str, Deed] = {
     "list the views": lambda run: os.listdir(run / "views"),
     "follow latest": lambda run: (run.parent / "latest" / "scenario.toml").read_text(),
     "delete the vault": lambda run: os.unlink(vault_file(run)),
+    "rename the folder above": lambda run: run.parent.rename(run.parent.with_name("mine")),
     "read the auditor's key": lambda run: sealing.key_path().read_bytes(),
     "take the auditor's key": lambda run: sealing.private_key(),
     "read the secret key": lambda run: (seeds.home() / "secret.key").read_bytes(),
