@@ -14,6 +14,7 @@ is a new file, and no other file names it.
 
 import ast
 import difflib
+import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -48,6 +49,8 @@ def register(kind: str, name: str) -> Callable[[Component], Component]:
     def decorate(component: Component) -> Component:
         if kind not in _components:
             raise ValueError(f"there is no kind {kind!r}; there is: {', '.join(KINDS)}")
+        if kind == "dataset":
+            component = announced("the clients' data")(component)
         taken = _components[kind].get(name)
         if taken is not None and _origin(taken) != _origin(component):
             raise ValueError(f"{kind} {name!r} is already {_origin(taken)}")
@@ -55,6 +58,22 @@ def register(kind: str, name: str) -> Callable[[Component], Component]:
         if inspect.isclass(component):
             component.name = name  # type: ignore[attr-defined]
         return component
+
+    return decorate
+
+
+def announced(what: str) -> Callable[[Component], Component]:
+    """Make a function say, each time it is called, that it touches what attack code may not."""
+
+    def decorate(function: Component) -> Component:
+        @functools.wraps(function)
+        def announcing(*args: Any, **kwargs: Any) -> Any:
+            sys.audit("fedsim.private", what)
+            return function(*args, **kwargs)
+
+        announcing.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+        del announcing.__wrapped__  # nobody calls it without a word
+        return announcing  # type: ignore[return-value]
 
     return decorate
 
@@ -178,8 +197,6 @@ def build(kind: str, expression: Expression | str, key: str, *given: Any) -> Any
     ScenarioError
         If the name, a parameter, or a parameter's type or range is wrong.
     """
-    if kind == "dataset":
-        sys.audit("fedsim.private", "the clients' data")
     if isinstance(expression, str):
         found = parse(expression, key)
         if len(found) != 1:

@@ -83,7 +83,7 @@ def _server(parts: Parts, folder: RunFolder) -> tuple[Strategy, list[str], Knowl
         return applied, [], None
     views, kind = folder.path / "views", parts.local.kind
     if isinstance(parts.attack, Manipulation):
-        seal = partial(run_sealed, paths=folder.sealed_paths())
+        seal = partial(run_sealed, paths=folder.sealed_paths(), readable=[views])
         knowledge = build_knowledge(parts, folder, Progress("crafting", "steps"))
         role = registry.components("role")["manipulator"](
             applied, views, kind, attack=parts.attack, knowledge=knowledge, seal=seal

@@ -25,6 +25,8 @@ from typing import Any, TypeVar
 
 from fedsim import seeds
 from fedsim.audit import sealing
+from fedsim.audit.landlock import restrict_thread
+from fedsim.stopping import stop
 
 T = TypeVar("T")
 
@@ -76,11 +78,17 @@ _active: list[_Seal] = []
 _installed = threading.Lock()
 
 
-def run_sealed(function: Callable[..., T], *args: Any, paths: Sequence[Path] = ()) -> T:
+def run_sealed(
+    function: Callable[..., T],
+    *args: Any,
+    paths: Sequence[Path] = (),
+    readable: Sequence[Path] = (),
+) -> T:
     """Run attack code with ``paths`` and the range's own keys out of reach; return its result.
 
     It runs in a thread of its own, so that no chain of frames leads from it to its caller's
-    variables.
+    variables, and so that the kernel can wall it in (:mod:`fedsim.audit.landlock`); ``readable``
+    is what of the sealed paths its views are read from.
 
     Raises
     ------
@@ -96,6 +104,7 @@ def run_sealed(function: Callable[..., T], *args: Any, paths: Sequence[Path] = (
 
     def inside() -> None:
         try:
+            restrict_thread([*paths, *_own_keys()], readable)
             with sealed(paths, waiting=caller) as tried:
                 try:
                     outcome.append(function(*args))
@@ -105,14 +114,23 @@ def run_sealed(function: Callable[..., T], *args: Any, paths: Sequence[Path] = (
             raised.append(error)
         done.set()
 
-    threading.Thread(target=inside, name="sealed", daemon=True).start()
-    done.wait()  # not join(): interrupted, it takes the thread for ended
+    thread = threading.Thread(target=inside, name="sealed", daemon=True)
+    try:
+        thread.start()
+        done.wait()  # not join(): interrupted, it takes the thread for ended
+    except BaseException:
+        stop(thread)
+        raise
     refused = bool(raised) and isinstance(raised[0], PermissionError)
     if attempts and not refused:  # it swallowed the refusal, or made another error of it
         raise PermissionError(f"attack code tried to {attempts[0]}, and hid the refusal")
     if raised:
         raise raised[0]
     return outcome[0]
+
+
+def _own_keys() -> list[Path]:
+    return [sealing.key_path(), seeds.home() / "secret.key"]
 
 
 @contextmanager
@@ -123,8 +141,7 @@ def sealed(paths: Sequence[Path], *, waiting: int | None = None) -> Iterator[lis
     auditor's private key and the secret stream's key are always sealed.
     """
     _install()
-    keys = [sealing.key_path(), seeds.home() / "secret.key"]
-    roots = tuple(os.path.realpath(path) for path in [*paths, *keys])
+    roots = tuple(os.path.realpath(path) for path in [*paths, *_own_keys()])
     others = frozenset(t.ident for t in threading.enumerate() if t.ident is not None)
     seal = _Seal(roots, others - {threading.get_ident()}, waiting)
     hidden = os.environ.pop("FEDSIM_SECRET_KEY", None)

@@ -1,6 +1,5 @@
 """What a data set is here: two splits of images in memory, and public facts about them."""
 
-import sys
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -69,6 +68,8 @@ class DataSet:
         )
 
 
+@registry.announced("the clients' data")
+@lru_cache(maxsize=4)
 def load_dataset(expression: str) -> DataSet:
     """Load a data set by expression, once a process; never for attack code.
 
@@ -77,12 +78,5 @@ def load_dataset(expression: str) -> DataSet:
     ScenarioError
         If the expression is wrong, or a file it names is missing or unreadable.
     """
-    sys.audit("fedsim.private", "the clients' data")
-    return _load_once(expression)
-
-
-@lru_cache(maxsize=4)
-def _load_once(expression: str) -> DataSet:
-    """Load a data set; what :func:`load_dataset` keeps."""
     dataset: DataSet = registry.build("dataset", expression, "data.dataset")
     return dataset

@@ -22,6 +22,7 @@ from fedsim.parts import Parts, check, check_writable
 from fedsim.run import run
 from fedsim.run_folder import RunFolder, output_dir
 from fedsim.scenario import Scenario
+from fedsim.stopping import stop
 
 CLIENT_APP_RAISED_EXCEPTION = 2  # flwr.common.constant.ErrorCode
 HOST = 2  # the one SuperNode's id; Flower's SuperLink has 1
@@ -57,6 +58,8 @@ def run_inline(
         folder.event("interrupted")
         print(f"interrupted; what was saved stays in {folder.path}", file=sys.stderr)
         raise
+    finally:
+        grid.close()
 
 
 class InlineGrid(Grid):
@@ -117,7 +120,8 @@ class InlineGrid(Grid):
         try:
             return self.worker.call(lambda: self.client_app(message, self.context), self.timeout)
         except TimeoutError:
-            self.worker = Worker()  # the old one is stuck in the client; it ends with the process
+            self.worker.end(seconds=0)
+            self.worker = Worker()
             return failed(f"no answer within {self.timeout:g} s")
         except Exception as error:
             return failed(f"{type(error).__name__}: {error}")
@@ -135,14 +139,25 @@ class InlineGrid(Grid):
         """Deliver, and return the replies."""
         return self.pull_messages(self.push_messages(messages))
 
+    def close(self) -> None:
+        """Let the clients' thread go."""
+        self.worker.end()
+
 
 class Worker:
     """One thread that serves clients, so that one that hangs can be left behind."""
 
     def __init__(self) -> None:
-        self.jobs: queue.SimpleQueue[tuple[Callable[[], Message], list[Any], threading.Event]]
-        self.jobs = queue.SimpleQueue()
-        threading.Thread(target=self._serve, name="inline-clients", daemon=True).start()
+        self.jobs: queue.SimpleQueue[
+            tuple[Callable[[], Message], list[Any], threading.Event] | None
+        ] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._serve, name="inline-clients", daemon=True)
+        self.thread.start()
+
+    def end(self, seconds: float = 5.0) -> None:
+        """End the thread, in the middle of a client's work if need be."""
+        self.jobs.put(None)
+        stop(self.thread, seconds)
 
     def call(self, job: Callable[[], Message], timeout: float) -> Message:
         """Run a job and return its result, or raise what it raises.
@@ -163,11 +178,11 @@ class Worker:
         return message
 
     def _serve(self) -> None:
-        while True:
-            job, outcome, done = self.jobs.get()
+        while (given := self.jobs.get()) is not None:
+            job, outcome, done = given
             try:
                 outcome.append(job())
             except BaseException as error:
                 outcome.append(error)
             done.set()
-            del job, outcome  # keep no model alive while idle
+            del given, job, outcome  # keep no model alive while idle

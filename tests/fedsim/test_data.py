@@ -3,7 +3,6 @@
 import gzip
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
+from fedsim import registry
 from fedsim.data import DataSet, Split, load_dataset
-from fedsim.data.dataset import _load_once
 from fedsim.data.embedded import FLATTEST, photo_tiles
 from fedsim.data.holdout import hold_out
 from fedsim.data.tensors import save_tensors
@@ -27,12 +26,6 @@ SHAPES = {
     "photo-tiles": ((3, 32, 32), 10),
     "photo-tiles(size=64)": ((3, 64, 64), 10),
 }
-
-
-@pytest.fixture(autouse=True)
-def _forget() -> Iterator[None]:
-    yield
-    _load_once.cache_clear()
 
 
 def check(data: DataSet) -> None:
@@ -51,8 +44,7 @@ def test_embedded_data_is_there_whole_and_the_same_every_time(expression: str) -
     data = load_dataset(expression)
     check(data)
     assert (data.spec.shape, data.spec.num_classes) == SHAPES[expression]
-    _load_once.cache_clear()
-    again = load_dataset(expression)
+    again = registry.build("dataset", expression, "data.dataset")
     assert torch.equal(data.train.images, again.train.images)
     assert torch.equal(data.test.images, again.test.images)
 

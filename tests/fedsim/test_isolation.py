@@ -23,7 +23,7 @@ from torch import Tensor
 from fedsim import client_app, reconstructions, registry, seeds
 from fedsim.audit import sealing
 from fedsim.audit.vault import Vault
-from fedsim.data import load_dataset, split_test
+from fedsim.data import embedded, load_dataset, split_test
 from fedsim.engines.inline import run_inline
 from fedsim.errors import NotGranted, RunFailed
 from fedsim.parts import Parts
@@ -83,6 +83,8 @@ CHEATS: dict[str, Deed] = {
     "start a process": lambda run: subprocess.run(["true"], check=True),
     "load the data": lambda run: load_dataset("digits").train,
     "build the data": lambda run: registry.build("dataset", "digits", "data.dataset"),
+    "ask the registry for the data": lambda run: registry.components("dataset")["digits"](),
+    "call the data set itself": lambda run: embedded.digits(),
     "build the parts": lambda run: Parts(Scenario.from_flat({"data.dataset": "digits"})).dataset,
     "ask for the clients' parts": lambda run: client_app._parts(clients_context(run)),
     "be a client": lambda run: client_app._own_data(
@@ -177,7 +179,8 @@ def test_no_thread_holds_a_clients_data(tmp_path: Path, monkeypatch: pytest.Monk
 def test_an_interrupted_attack_is_no_cheat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wait() -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.5)
+        while True:
+            time.sleep(0.01)
 
     for name, when in (("slow", in_reconstruct), ("slow-to-craft", in_craft)):
         plug_in(monkeypatch, "attack", name, when(wait))
@@ -186,9 +189,7 @@ def test_an_interrupted_attack_is_no_cheat(tmp_path: Path, monkeypatch: pytest.M
         folder = latest(tmp_path / name).path
         assert '"interrupted"' in (folder / "events.jsonl").read_text()
         assert not list(folder.glob(".spool-*"))
-        for thread in threading.enumerate():
-            if thread.name == "sealed":
-                thread.join()
+        assert not [thread for thread in threading.enumerate() if thread.name == "sealed"]
 
 
 # -- what a threat model does not give ----------------------------------------------------------

@@ -19,10 +19,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from torchvision.io import read_file
 
 from fedsim import seeds
 from fedsim.audit import sealing
 from fedsim.audit.guard import run_sealed, sealed
+from fedsim.audit.landlock import restrict_thread
 from fedsim.audit.vault import Vault, VaultRecord, deposit
 
 
@@ -155,17 +157,37 @@ def test_a_thread_started_by_the_attack_is_sealed_too(vault):
 
 
 def test_library_readers_that_pass_the_hook_see_ciphertext_only(vault):
-    """safetensors opens files without telling Python; torch.from_file maps them."""
-
-    def attack():
+    """Where no kernel stops it: safetensors and torch open files without telling Python."""
+    with sealed([vault]):
         size = (vault / FILE).stat().st_size
         mapped = torch.from_file(str(vault / FILE), size=size, dtype=torch.uint8)
         assert b"examples" not in bytes(mapped.tolist())
         with pytest.raises(Exception, match=r"(?i)header|safetensors"):
             safe_open(vault / FILE, framework="pt")
-        return True
 
-    assert run_sealed(attack, paths=[vault])
+
+def test_library_readers_do_not_reach_the_auditors_key(vault):
+    """The kernel refuses what Python's hook does not see."""
+    if not threaded(lambda: restrict_thread([vault])):
+        pytest.skip("this kernel has no Landlock")
+    key = sealing.key_path()
+    readers = (
+        lambda: torch.from_file(str(key), size=32, dtype=torch.uint8),
+        lambda: read_file(str(key)),
+        lambda: torch.from_file(str(vault / FILE), size=8, dtype=torch.uint8),
+    )
+    for reader in readers:
+        with pytest.raises((RuntimeError, PermissionError)):
+            run_sealed(reader, paths=[vault])
+
+
+def threaded(function):
+    """A restriction stays with its thread."""
+    outcome = []
+    thread = threading.Thread(target=lambda: outcome.append(function()))
+    thread.start()
+    thread.join()
+    return outcome[0]
 
 
 def test_the_callers_variables_are_on_no_chain_of_frames(vault):
@@ -191,11 +213,14 @@ def test_the_secret_key_is_not_in_the_environment(vault, monkeypatch):
 def test_honest_work_goes_on_under_the_seal(vault, tmp_path):
     """Everything else stays possible: files, lazy imports, threads, autograd, KMeans."""
 
+    mine = tmp_path / "mine"  # not above the vault: such folders cannot be listed
+    mine.mkdir()
+
     def attack(scale):
-        (tmp_path / "own.txt").write_text("mine")
-        assert len(os.listdir(tmp_path)) > 1
-        assert (tmp_path / "own.txt").read_text() == "mine"
-        with (tmp_path / "own.txt").open("rb") as own, mmap.mmap(own.fileno(), 0, prot=1) as m:
+        (mine / "own.txt").write_text("mine")
+        assert len(os.listdir(mine)) == 1
+        assert (mine / "own.txt").read_text() == "mine"
+        with (mine / "own.txt").open("rb") as own, mmap.mmap(own.fileno(), 0, prot=1) as m:
             assert bytes(m) == b"mine"
         import colorsys
 
@@ -205,8 +230,8 @@ def test_honest_work_goes_on_under_the_seal(vault, tmp_path):
         KMeans(2, n_init=1, random_state=0).fit(np.random.default_rng(0).random((10, 2)))
         x = torch.ones(3, requires_grad=True)
         (scale * x**2).sum().backward()
-        torch.save(x.grad, tmp_path / "own.pt")
-        return torch.load(tmp_path / "own.pt"), colorsys.rgb_to_hsv(0, 0, 1)
+        torch.save(x.grad, mine / "own.pt")
+        return torch.load(mine / "own.pt"), colorsys.rgb_to_hsv(0, 0, 1)
 
     gradient, _ = run_sealed(attack, 3.0, paths=[vault])
     assert torch.equal(gradient, torch.full((3,), 6.0))
