@@ -135,7 +135,7 @@ def superlink(command: str) -> Iterator[Link]:
     import psutil
 
     with tempfile.TemporaryDirectory(prefix="fedsim-superlink-") as name:
-        folder, port = Path(name), _free_port()
+        folder, port = Path(name), free_port()
         environment = {
             **os.environ,
             **QUIET,
@@ -157,7 +157,7 @@ def superlink(command: str) -> Iterator[Link]:
                 start_new_session=True,
             )  # fmt: skip
         try:
-            _wait_until_listening(process, port, folder / "superlink.log")
+            wait_until_listening(process, port, folder / "superlink.log")
             yield Link(folder, environment)
         finally:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -196,7 +196,14 @@ def _wait_until_ended(link: Link, run_id: str, seconds: float) -> None:
         time.sleep(1)
 
 
-def _wait_until_listening(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
+def wait_until_listening(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
+    """Wait until a process listens on a loopback port.
+
+    Raises
+    ------
+    RunFailed
+        If it ends, or takes too long; with the end of its log.
+    """
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
@@ -205,7 +212,8 @@ def _wait_until_listening(process: "subprocess.Popen[bytes]", port: int, log: Pa
     raise RunFailed(f"the SuperLink did not start: {log.read_text()[-2000:]}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a loopback port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -47,8 +47,9 @@ def measure(engine: str, clients: int) -> tuple[float, list[float]]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "memory.toml"
         file.write_text(SCENARIO)
-        command = [str(Path(sys.executable).parent / "fedsim"), "run", str(file), "--engine",
-                   engine, f"federation.clients={clients}", f"output.dir={folder}/runs"]  # fmt: skip
+        changes = [f"federation.clients={clients}", f"output.dir={folder}/runs"]
+        fedsim = str(Path(sys.executable).parent / "fedsim")
+        command = [fedsim, "run", str(file), "--engine", engine, *changes]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         peak = 0
         watching = threading.Event()

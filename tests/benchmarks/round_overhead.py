@@ -97,12 +97,13 @@ def main() -> None:
         plain += plain_rounds(parts)[1:]
         first, *later = federated_rounds(chosen.engine, chosen.model)
         federated += later
-    loop, rounds = statistics.median(plain), statistics.median(federated)
     print(f"{chosen.model}, {CLIENTS} clients, {LOCAL}, one thread")
-    print(f"plain PyTorch loop        {loop:8.3f} s a round ({min(plain):.3f} to {max(plain):.3f})")
-    print(f"{chosen.engine:10} first round   {first:8.3f} s")
-    print(f"{chosen.engine:10} median after  {rounds:8.3f} s ({min(federated):.3f} to {max(federated):.3f})")
-    print(f"ratio of medians          {rounds / loop:8.2f}")
+    for name, seconds in (("plain PyTorch loop", plain), (chosen.engine, federated)):
+        spread = f"{min(seconds):.3f} to {max(seconds):.3f}"
+        print(f"{name:20}{statistics.median(seconds):8.3f} s a round ({spread})")
+    print(f"{'its first round':20}{first:8.3f} s")
+    ratio = statistics.median(federated) / statistics.median(plain)
+    print(f"{'ratio of medians':20}{ratio:8.2f}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedsim.engines.simulation import QUIET, Link, _free_port, _wait_until_listening
+from fedsim.engines.simulation import QUIET, Link, free_port, wait_until_listening
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -45,7 +45,7 @@ class Cluster:
                 [tool("flower-supernode"), "--superlink", f"127.0.0.1:{port}",
                  "--root-certificates", str(self.folder / "ca.crt"),
                  "--auth-supernode-private-key", str(self.folder / f"node{node}"),
-                 "--host", "127.0.0.1", "--port", str(_free_port()),
+                 "--host", "127.0.0.1", "--port", str(free_port()),
                  "--node-config", config],
                 env={**self.environment, "FLWR_HOME": str(home)},
                 cwd=home, stdout=log, stderr=log, start_new_session=True,
@@ -74,6 +74,7 @@ class Cluster:
 
 def make_keys(folder: Path, nodes: int) -> None:
     """Make the certificates and keys as docs/cluster.md does."""
+
     def call(*command: str) -> None:
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
 
@@ -89,7 +90,9 @@ def make_keys(folder: Path, nodes: int) -> None:
     call("openssl", "x509", "-req", "-in", "server.csr", "-CA", "ca.crt", "-CAkey", "ca.key",
          "-CAcreateserial", "-days", "2", "-extfile", "ext.cnf", "-out", "server.pem")  # fmt: skip
     for node in range(nodes):
-        call("ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-C", "", "-f", f"node{node}")
+        call(
+            "ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-C", "", "-f", f"node{node}"
+        )
 
 
 @contextlib.contextmanager
@@ -98,7 +101,7 @@ def cluster(folder: Path, nodes: int, home: Path) -> Iterator[Cluster]:
     import psutil
 
     make_keys(folder, nodes)
-    port = _free_port()
+    port = free_port()
     environment = {**os.environ, **QUIET, "FEDSIM_HOME": str(home), "FEDSIM_OFFLINE": "1"}
     flwr_home = folder / "flwr-home"
     flwr_home.mkdir()
@@ -117,7 +120,7 @@ def cluster(folder: Path, nodes: int, home: Path) -> Iterator[Cluster]:
     )  # fmt: skip
     running = Cluster(folder, Link(folder, link_environment), environment)
     try:
-        _wait_until_listening(process, port, log)
+        wait_until_listening(process, port, log)
         for node in range(nodes):
             running.link.flwr("supernode", "register", str(folder / f"node{node}.pub"), "range")
         for node in range(nodes):

@@ -69,6 +69,6 @@ def test_interrupting_the_simulation_engine_ends_all_it_started(
     _, message = process.communicate(timeout=120)
     assert process.returncode == 130, message
     assert "interrupted" in message
-    gone, alive = psutil.wait_procs(family, timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive
     assert list(only_run(runs).glob("views/round-1-client-*.safetensors"))

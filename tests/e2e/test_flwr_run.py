@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedsim.engines.simulation import _free_port
+from fedsim.engines.simulation import free_port
 from tests.e2e.deployment import ROOT, tool
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -49,7 +49,7 @@ def test_plain_flwr_run_writes_the_report_where_the_readme_says(
 ) -> None:
     flwr_home = tmp_path / "flwr"
     flwr_home.mkdir()
-    with local_superlink(flwr_home, _free_port()) as environment:
+    with local_superlink(flwr_home, free_port()) as environment:
         done = subprocess.run(
             [tool("flwr"), "run", ".", "--run-config", "scenarios/quickstart.toml", "--stream"],
             cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
