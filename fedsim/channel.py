@@ -17,8 +17,16 @@ class Channel(ABC):
     #: Whether a reply is one client's, or an aggregate of all of a round.
     aggregates: ClassVar[bool] = False
 
-    def check(self, clients: int) -> None:  # noqa: B027 - most channels carry any cohort
-        """Refuse a cohort that the protocol cannot carry (``ValueError``)."""
+    def check(self, clients: int, largest_weight: int) -> None:  # noqa: B027 - most carry any
+        """Refuse what the protocol cannot carry (``ValueError``).
+
+        Parameters
+        ----------
+        clients : int
+            How many train in a round.
+        largest_weight : int
+            The most examples that any of them will weigh in with.
+        """
 
     @abstractmethod
     def grid(self, inner: Population, context: Context, timeout: float) -> Grid:

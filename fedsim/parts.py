@@ -13,7 +13,7 @@ from fedsim import registry
 from fedsim.attack import Attack, Manipulation
 from fedsim.channel import Channel
 from fedsim.data import DataSet, DataSpec, load_dataset, partition
-from fedsim.defense import Defense, guarantees
+from fedsim.defense import Defense, TrainingPlan, guarantees
 from fedsim.errors import ScenarioError
 from fedsim.federation import build_strategy, unfit_strategy
 from fedsim.local import Local
@@ -161,10 +161,16 @@ def _check_federation(parts: Parts) -> None:
     strategy = build_strategy(federation.strategy, federation.fraction)
     if reason := unfit_strategy(strategy, parts.local.kind, cohort, channel.aggregates):
         raise ScenarioError("federation.strategy", federation.strategy, reason)
+    plans = [parts.local.plan(len(own), federation.rounds) for own in parts.partitions]
     try:
-        channel.check(cohort)
+        channel.check(cohort, max(map(_weight, plans)))
     except ValueError as error:
         raise ScenarioError("channel", parts.scenario.channel, str(error)) from error
+
+
+def _weight(plan: TrainingPlan) -> int:
+    """Return the most examples that a client can see in a round, and report as its weight."""
+    return min(plan.examples, plan.steps * plan.batch_size)
 
 
 def _fitting(parts: Parts) -> list[tuple[str, Attack | Defense]]:

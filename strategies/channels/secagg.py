@@ -85,8 +85,8 @@ class SecAgg(Channel):
 
     aggregates = True
 
-    def check(self, clients: int) -> None:
-        """Refuse cohorts for which the protocol hides nothing, or whose sum would wrap around."""
+    def check(self, clients: int, largest_weight: int) -> None:
+        """Refuse what the protocol cannot hide, weigh or sum without wrapping around."""
         if clients < 2:
             raise ValueError(
                 f"a cohort of {clients} has nothing to hide in; let at least 2 clients train"
@@ -96,6 +96,11 @@ class SecAgg(Channel):
             raise ValueError(
                 f"the sum of {clients} clients would overflow; at most {most} clients, or a "
                 f"quantization_range of at most {(LARGEST_SUM - 1) // clients}"
+            )
+        if largest_weight > self.max_weight:
+            raise ValueError(
+                f"max_weight={self.max_weight:g} cannot weigh the client that will train on "
+                f"{largest_weight} examples a round; let max_weight be at least {largest_weight}"
             )
 
     def grid(self, inner: Population, context: Context, timeout: float) -> Grid:

@@ -249,6 +249,16 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "channel",
         "at most 1 clients, or a quantization_range of at most 1073741823",
     ),
+    "batch too heavy for the secure sum": (
+        {"channel": "secagg(max_weight=4)", "federation.local": "fedsgd(batch_size=16)"},
+        "channel",
+        "let max_weight be at least 16",
+    ),
+    "partition too heavy for the secure sum": (
+        {"channel": "secagg(max_weight=8)", **FEDAVG},
+        "channel",
+        "let max_weight be at least 3",
+    ),
     "bad criterion": ({"audit.criterion": "psnr=20"}, "audit.criterion", "psnr>=20"),
     "criterion of an unknown metric": ({"audit.criterion": "pnsr>=20"}, "audit.criterion", "psnr"),
 }

@@ -10,6 +10,7 @@ from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFI
 from flwr.server.workflow.secure_aggregation import secaggplus_workflow
 from torch import Tensor
 
+from fedsim.errors import ScenarioError
 from fedsim.parts import Parts, check
 from fedsim.registry import build
 from strategies.channels.secagg import SecAgg
@@ -166,9 +167,35 @@ def test_a_cohort_must_hide_its_members_and_not_overflow(
 ) -> None:
     built: SecAgg = build("channel", channel, "channel")
     if fits:
-        return built.check(clients)
+        return built.check(clients, 2)
     with pytest.raises(ValueError, match=r"nothing to hide in|would overflow"):
-        built.check(clients)
+        built.check(clients, 2)
+
+
+WEIGHTS: dict[str, tuple[str, str, int]] = {
+    # partition of the digits among 4 clients, local rule, the largest weight any client reports
+    "a batch": ("iid", "fedsgd(batch_size=16, lr=0.1)", 16),
+    "a batch larger than the partition": ("iid", "fedsgd(batch_size=5000, lr=0.1)", 361),
+    "a partition": ("iid", "fedavg(epochs=3, batch_size=32, lr=0.1)", 361),
+    "unequal partitions": (SKEWED["data.partition"], FEDAVG, 0),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_the_largest_client_must_weigh_no_more_than_max_weight(case: str, tmp_path: Path) -> None:
+    """The bound that is checked beforehand is the largest weight that the run then reports."""
+    partition, local, expected = WEIGHTS[case]
+    common = {"data.partition": partition, "federation.local": local}
+    clear = [view.num_examples or 0 for view in summed(tmp_path, common).views]
+    largest = max(clear)
+    assert largest == expected or (not expected and largest > min(clear))
+    for max_weight in (largest, largest - 1):
+        changes = {**common, "channel": f"secagg(max_weight={max_weight})"}
+        if max_weight == largest:
+            assert summed(tmp_path, changes).failures == []
+            continue
+        with pytest.raises(ScenarioError, match=f"let max_weight be at least {largest}$"):
+            check(Parts(scenario(tmp_path, changes)))
 
 
 def test_its_cohort_is_those_who_train_not_those_who_are_there(tmp_path: Path) -> None:
