@@ -32,7 +32,7 @@ class VaultRecord:
     examples : Tensor
         ``[N, C, H, W]`` in ``[0, 1]``: the images behind the update, before any defense.  Pixels
         of 8 bits may be deposited as they are (uint8, a quarter of the size); they are read back in
-        ``[0, 1]`` all the same.
+        ``[0, 1]`` all the same, in float64.
     labels : Tensor
         ``[N]`` int64.
     indices : Tensor
@@ -196,7 +196,7 @@ def _unpack(content: bytes, place: str) -> VaultRecord:
         upload = {n.removeprefix(_UPLOAD): t for n, t in tensors.items() if n.startswith(_UPLOAD)}
         examples = tensors["examples"]
         if examples.dtype == torch.uint8:
-            examples = examples.float() / 255
+            examples = examples.double() / 255  # what a float64 run trained on, to the last bit
         return VaultRecord(
             examples=examples,
             labels=tensors["labels"],

@@ -312,7 +312,8 @@ def test_pictures_of_8_bits_are_deposited_as_they_are(tmp_path: Path) -> None:
     record = ran.vault.record(1, 1)
     assert record is not None
     assert split.images.dtype == torch.uint8
-    assert torch.equal(record.examples, split.batch(own[record.indices])[0])
+    trained_on = split.batch(own[record.indices], torch.float64)[0]
+    assert torch.equal(record.examples, trained_on)
     sealed = ran.folder.path / "vault" / "client-1" / "round-1.sealed"
     assert sealed.stat().st_size < 2 * 3 * 32 * 32 + 2000
 
