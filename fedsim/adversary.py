@@ -52,30 +52,42 @@ def _blanked(saved: SavedViews, knowledge: Knowledge) -> BlankedViews:
     return BlankedViews(read, len(saved))
 
 
-def reconstruct(parts: Parts, attack: Attack, folder: RunFolder) -> Path:
+def reconstruct(
+    parts: Parts, attack: Attack, folder: RunFolder, into: RunFolder | None = None
+) -> Path:
     """Let an attack work on the saved views, sealed off from the truth; save what it made.
+
+    ``into`` is where to save it, where that is not the run's own folder.
 
     Raises
     ------
     RunFailed
-        If the server saved no view, or the attack reached for what it must not see.
+        If the server saved no view, the attack cannot work on them, or it reached for what it
+        must not see.
     NotGranted
         If the attack asked for what its threat model does not grant.
     """
     with plainly(folder):
-        return _reconstruct(parts, attack, folder)
+        return _reconstruct(parts, attack, folder, into or folder)
 
 
-def _reconstruct(parts: Parts, attack: Attack, folder: RunFolder) -> Path:
+def _reconstruct(parts: Parts, attack: Attack, folder: RunFolder, into: RunFolder) -> Path:
     saved = SavedViews(folder.path / "views")
     if not len(saved):
         raise RunFailed("the server saw no upload: there is nothing to reconstruct from")
     facts = saved.facts()
     knowledge = build_knowledge(parts, folder, Progress(attack.name, "iterations"), attack)
     started = time.perf_counter()
-    result: object = run_sealed(
-        attack.reconstruct, _blanked(saved, knowledge), knowledge, paths=folder.sealed_paths()
-    )
+    try:
+        result: object = run_sealed(
+            attack.reconstruct,
+            _blanked(saved, knowledge),
+            knowledge,
+            paths=folder.sealed_paths(),
+            readable=[folder.path / "views"],
+        )
+    except ValueError as error:
+        raise RunFailed(f"{attack.name} cannot work on these views: {error}") from error
     seconds = time.perf_counter() - started
     if not isinstance(result, Reconstruction):
         raise RunFailed(f"{attack.name} returned {type(result).__name__}, not a Reconstruction")
@@ -85,23 +97,24 @@ def _reconstruct(parts: Parts, attack: Attack, folder: RunFolder) -> Path:
         name=attack.name,
         paper=f"{attack.paper.authors}: {attack.paper.title}, {attack.paper.venue} "
         f"{attack.paper.year}",
-        used=tuple(sorted({c.value for c in knowledge.used} | _used_in_crafting(attack, folder))),
+        used=tuple(sorted({c.value for c in knowledge.used} | used_in_crafting(folder))),
         oracles=tuple(sorted(knowledge.oracles_used)),
         view_labels=tuple(fact["label"] for fact in facts),
         senders=tuple(tuple(fact["senders"]) for fact in facts),
         rounds=tuple(fact["round"] for fact in facts),
     )
-    into = folder.path / "reconstructions"
+    kept = into.path / "reconstructions"
     try:
-        path = reconstructions.save(into, dataclasses.replace(result, cost=cost), told)
+        path = reconstructions.save(kept, dataclasses.replace(result, cost=cost), told)
     except ValueError as error:
         raise RunFailed(f"what {attack.name} returned cannot be judged: {error}") from error
-    folder.event("reconstructed", attack=parts.scenario.attack, seconds=seconds)
+    into.event("reconstructed", attack=parts.scenario.attack, seconds=seconds)
     return path
 
 
-def _used_in_crafting(attack: Attack, folder: RunFolder) -> set[str]:
-    if not isinstance(attack, Manipulation):
+def used_in_crafting(folder: RunFolder) -> set[str]:
+    """Return the grants that made the capture what it is, whichever attack works on it."""
+    if not isinstance(Parts(folder.scenario).attack, Manipulation):
         return set()
     told = folder.path / "federation.json"
     used = json.loads(told.read_text())["used"] if told.exists() else []

@@ -6,7 +6,7 @@ import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -66,22 +66,24 @@ def validate(
 @app.command()
 def attack(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    expression: Annotated[str, typer.Argument(help="Another attack on its saved views.")],
+    expression: Annotated[
+        str, typer.Argument(metavar="EXPRESSION", help="Another attack on its saved views.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Change threat-model, oracles or audit.criterion."
+        ),
+    ] = None,
 ) -> None:
-    """Try another attack on the views that a run saved."""
-    from fedsim.parts import Parts, check
-    from fedsim.run import reconstruct, write_report
+    """Try another attack on the views that a run saved; the run's own report stays."""
+    from fedsim.reattack import attack_again
+    from fedsim.run import write_report
     from fedsim.run_folder import RunFolder
 
+    command = shlex.join(["fedsim", *sys.argv[1:]])
     run_folder = RunFolder.open(folder)
-    scenario = run_folder.scenario.with_changes(attack=expression)
-    parts = Parts(scenario)
-    check(parts)
-    assert parts.attack is not None
-    run_folder.write_scenario(scenario)
-    reconstruct(parts, parts.attack, run_folder)
-    run_folder.gather_vault()
-    print(write_report(run_folder))
+    print(write_report(attack_again(run_folder, expression, _changes(overrides), command)))
 
 
 @app.command()
@@ -157,12 +159,17 @@ def explain(name: Annotated[str, typer.Argument(help="A name from `fedsim list`.
 
 def _scenario(file: Path, overrides: list[str] | None) -> "Scenario":
     """Read a scenario; a relative ``output.dir`` means the caller's folder."""
-    from fedsim.scenario import Scenario, parse_override
+    from fedsim.scenario import Scenario
 
-    changes = {k: v for text in overrides or [] for k, v in parse_override(text).items()}
-    scenario = Scenario.load(file, changes)
+    scenario = Scenario.load(file, _changes(overrides))
     absolute = Path(scenario.output.dir).expanduser().absolute()
     return scenario.with_changes(**{"output.dir": str(absolute)})
+
+
+def _changes(overrides: list[str] | None) -> dict[str, Any]:
+    from fedsim.scenario import parse_override
+
+    return {k: v for text in overrides or [] for k, v in parse_override(text).items()}
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import shutil
 import sys
 import time
@@ -46,7 +47,9 @@ class RunFolder:
             folder.path.mkdir(parents=True)
             folder.path.joinpath("vault").mkdir(mode=0o700)
             folder.write_scenario(scenario)
-            folder.write("environment.json", _environment(scenario, run_id, engine, command))
+            environment = _environment(scenario, run_id, engine, command)
+            environment["repeat"] = _repeat(folder.path / "scenario.toml", engine, command)
+            folder.write("environment.json", environment)
             link = parent / f".{name}.latest"
             link.symlink_to(name)
             link.replace(parent / "latest")
@@ -69,7 +72,7 @@ class RunFolder:
         return cls(path.resolve())
 
     def write_scenario(self, scenario: Scenario) -> None:
-        """Replace the resolved scenario (another attack on the same views)."""
+        """Write the resolved scenario."""
         write_atomically(self.path / "scenario.toml", scenario.to_toml())
 
     @property
@@ -130,8 +133,15 @@ def _environment(scenario: Scenario, run_id: int, engine: str, command: str) -> 
         "engine": engine,
         "run_id": run_id,
         "command": command,
-        "repeat": f"fedsim run scenario.toml --engine {engine}",
     }
+
+
+def _repeat(file: Path, engine: str, command: str) -> str:
+    """Return the command that runs a scenario again as it was run, in FedSim's source folder."""
+    name = shlex.quote(str(file))
+    if command.startswith("flwr run"):
+        return f"flwr run . --run-config {name}"
+    return f"fedsim run {name} --engine {engine}"
 
 
 def explain_os_error(error: OSError, folder: Path) -> RunFailed:

@@ -18,7 +18,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Check and run the scenario in ``context.run_config``; the last line is the report's path."""
     engine = "simulation" if type(grid).__name__ == "InMemoryGrid" else "cluster"
-    command = os.environ.get("FEDSIM_COMMAND", "flwr run . --run-config scenario.toml")
+    command = os.environ.get("FEDSIM_COMMAND", "flwr run")  # whoever typed it, typed it elsewhere
     try:
         scenario = Scenario.from_flat(context.run_config)
         check_writable(output_dir(scenario))

@@ -297,7 +297,7 @@ clipped.</p>
 <section aria-labelledby="repeat">
 <h2 id="repeat">How to repeat it</h2>
 {% if report.environment.repeat %}
-<p>In this run's folder:</p><pre>{{ report.environment.repeat }}</pre>{% endif %}
+<p>In FedSim's source folder:</p><pre>{{ report.environment.repeat }}</pre>{% endif %}
 {% if report.environment.command %}
 <p>What was run:</p><pre>{{ report.environment.command }}</pre>{% endif %}
 <p class="quiet">Seed {{ report.scenario.seed }}, engine {{ federation.engine or 'unknown' }}\

@@ -7,21 +7,25 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedsim import cli, files
 from fedsim.attack import Reconstruction
 from fedsim.audit.verdict import judge
 from fedsim.engines.inline import run_inline
 from fedsim.errors import RunFailed
+from fedsim.reconstructions import slug
 from fedsim.run import write_report
 from fedsim.run_folder import RunFolder
 from fedsim.scenario import Scenario
+from fedsim.stopping import stop
 from fedsim.view import SavedViews
 from tests.fedsim.small import federated, gray, latest, plug_in, scenario, watching
 
@@ -161,7 +165,8 @@ def test_interrupted_and_killed_runs_keep_what_they_had(tmp_path: Path) -> None:
         assert "stopped after round" in str(judge(folder).stopped)
         cli.report(folder)
         cli.attack(folder, "linear-inversion(layer='1')")
-        page = json.loads((folder / "report.json").read_text())
+        again = folder / "attacks" / slug("linear-inversion(layer='1')")
+        page = json.loads((again / "report.json").read_text())
         assert page["attack"]["expression"] == "linear-inversion(layer='1')"
     assert not list(folders[0].glob(".spool-*"))
 
@@ -204,3 +209,30 @@ def test_an_attack_that_returns_rubbish_fails_the_run_in_plain_words(
     with pytest.raises(RunFailed, match=f"rubbish.*{said}"):
         federated(tmp_path, {"attack": "rubbish"})
     assert not list((latest(tmp_path).path / "reconstructions").glob("*"))
+
+
+def test_a_thread_is_ended_in_the_middle_of_its_work() -> None:
+    ended = []
+
+    def work() -> None:
+        try:
+            while True:
+                torch.ones(10).sum()
+        finally:
+            ended.append("tidied up")
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    assert stop(thread)
+    assert ended == ["tidied up"]
+    assert stop(thread)
+    assert stop(threading.Thread(target=work))
+
+
+def test_a_thread_that_waits_is_not_waited_for() -> None:
+    event = threading.Event()
+    thread = threading.Thread(target=event.wait, daemon=True)
+    thread.start()
+    assert not stop(thread, seconds=0.1)
+    event.set()
+    assert stop(thread)
