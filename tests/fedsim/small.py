@@ -87,7 +87,11 @@ def inline(folder: RunFolder, wanted: Scenario) -> Iterator[tuple[InlineGrid, Co
     node_config: dict[str, Any] = {"vault": str(folder.path / "vault")}
     run_id = int(folder.environment["run_id"])
     context = Context(run_id, HOST, node_config, RecordDict(), wanted.flat())
-    yield InlineGrid(app, context, wanted.federation.timeout), context
+    grid = InlineGrid(app, context, wanted.federation.timeout)
+    try:
+        yield grid, context
+    finally:
+        grid.close()
 
 
 def latest(folder: Path) -> RunFolder:

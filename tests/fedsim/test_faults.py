@@ -1,5 +1,6 @@
 """What goes wrong at one client, on the disk or by a signal costs that much and no more."""
 
+import contextlib
 import json
 import threading
 import time
@@ -174,14 +175,15 @@ def test_a_client_that_raises_is_left_out_and_named(
 
 @pytest.fixture
 def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """The victim waits in its first round until the test is over, then trains on."""
+    """The victim waits in its first round until the test is over; given up, it trains no more."""
     honest, over, returned = FedSGD.train, threading.Event(), threading.Event()
+    trained: list[Any] = []
 
     def train(self: FedSGD, model: Any, data: Any, defenses: Any, ctx: Any, pull: float) -> Any:
         if ctx.client == VICTIM and ctx.round == 1:
-            over.wait()
             try:
-                return honest(self, model, data, defenses, ctx, pull)
+                over.wait()
+                trained.append(honest(self, model, data, defenses, ctx, pull))
             finally:
                 returned.set()
         return honest(self, model, data, defenses, ctx, pull)
@@ -190,6 +192,7 @@ def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     yield {"over": over}
     over.set()
     assert returned.wait(10)
+    assert not trained
 
 
 @pytest.mark.usefixtures("hanging")
@@ -206,13 +209,14 @@ def test_a_client_that_hangs_is_given_up_and_the_others_have_their_time(
 def test_a_client_that_wakes_up_late_disturbs_nobody(
     attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It wakes while the next client trains: each has a model of its own."""
+    """It wakes while the next client trains, and takes no end: each has a model of its own."""
     calm = federated(tmp_path / "calm", {"attack": attack})
     honest, woken, slept = FedSGD.train, threading.Event(), threading.Event()
 
     def train(self: FedSGD, model: Any, data: Any, defenses: Any, ctx: Any, pull: float) -> Any:
         if ctx.client == VICTIM:
-            woken.wait()
+            with contextlib.suppress(SystemExit):
+                woken.wait()
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.fill_(9.0)
