@@ -205,9 +205,13 @@ def _refuse_paths(seal: _Seal, event: str, args: tuple[Any, ...]) -> None:
 
 
 def _is_handle_on_ancestor(seal: _Seal, path: str, args: tuple[Any, ...]) -> bool:
-    """Say whether a folder above a sealed path is opened: paths relative to it would slip by."""
+    """Say whether a folder above a sealed path is opened: paths relative to it would slip by.
+
+    Only ``os.open`` gives a handle on a folder (its event has no mode); Python's own imports try
+    ``open`` on every folder of ``sys.path``, which may well be above the runs, and expect to fail.
+    """
     above = path.rstrip(os.sep) + os.sep
-    if not any(root.startswith(above) for root in seal.roots):
+    if args[1] is not None or not any(root.startswith(above) for root in seal.roots):
         return False
     anonymous = getattr(os, "O_TMPFILE", 0)
     flags = args[2] if len(args) > 2 and isinstance(args[2], int) else 0

@@ -4,6 +4,7 @@
 import ctypes
 import gc
 import glob
+import importlib.metadata
 import inspect
 import mmap
 import multiprocessing
@@ -154,6 +155,13 @@ def test_a_thread_started_by_the_attack_is_sealed_too(vault):
     with pytest.raises(PermissionError, match="hid the refusal"):
         run_sealed(attack, paths=[vault])
     assert len(caught) == 2
+
+
+def test_imports_go_on_from_a_folder_above_the_runs(vault, monkeypatch):
+    """A checkout on ``sys.path`` holds its own ``runs``; entry points are read while attacking."""
+    monkeypatch.syspath_prepend(str(vault.parent))
+    found = run_sealed(lambda: list(importlib.metadata.entry_points()), paths=[vault])
+    assert found
 
 
 def test_library_readers_that_pass_the_hook_see_ciphertext_only(vault):
