@@ -3,6 +3,7 @@
 For tests, labs and small runs, and the reference that the other engines must agree with.
 """
 
+import contextlib
 import queue
 import secrets
 import sys
@@ -178,6 +179,10 @@ class Worker:
         return message
 
     def _serve(self) -> None:
+        with contextlib.suppress(SystemExit):  # how it is ended
+            self._work()
+
+    def _work(self) -> None:
         while (given := self.jobs.get()) is not None:
             job, outcome, done = given
             try:

@@ -1,5 +1,6 @@
 """A full disk, a folder taken away, Ctrl-C or SIGKILL: what was saved stays, and can be used."""
 
+import contextlib
 import errno
 import json
 import os
@@ -215,11 +216,12 @@ def test_a_thread_is_ended_in_the_middle_of_its_work() -> None:
     ended = []
 
     def work() -> None:
-        try:
-            while True:
-                torch.ones(10).sum()
-        finally:
-            ended.append("tidied up")
+        with contextlib.suppress(SystemExit):
+            try:
+                while True:
+                    torch.ones(10).sum()
+            finally:
+                ended.append("tidied up")
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -231,7 +233,12 @@ def test_a_thread_is_ended_in_the_middle_of_its_work() -> None:
 
 def test_a_thread_that_waits_is_not_waited_for() -> None:
     event = threading.Event()
-    thread = threading.Thread(target=event.wait, daemon=True)
+
+    def wait() -> None:
+        with contextlib.suppress(SystemExit):
+            event.wait()
+
+    thread = threading.Thread(target=wait, daemon=True)
     thread.start()
     assert not stop(thread, seconds=0.1)
     event.set()
