@@ -84,7 +84,8 @@ class Tally:
 
     def show(self, iteration: int, problems: int) -> None:
         """Report progress: so many problems run together, at this iteration."""
-        self.tell(self.done + iteration * problems, self.total, "iterations")
+        text = f"{problems} problems at once" if problems else ""
+        self.tell(self.done + iteration * problems, self.total, text)
 
 
 def invert(views: Sequence[ServerView], knowledge: Knowledge, recipe: Recipe) -> Reconstruction:
@@ -106,6 +107,7 @@ def invert(views: Sequence[ServerView], knowledge: Knowledge, recipe: Recipe) ->
         alive = alive.cpu()
         places.append(torch.tensor(group.indices)[alive].repeat_interleave(group.batch_size))
         scores.append(-best.distance.cpu()[alive].repeat_interleave(group.batch_size))
+    tally.tell(tally.total, tally.total, "")
     return Reconstruction(
         examples=torch.cat(images[1:] or images),
         views=torch.cat(places),

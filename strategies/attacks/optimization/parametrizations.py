@@ -19,7 +19,7 @@ class Parametrization(ABC):
 
     @abstractmethod
     def decode(self, variables: Tensor) -> tuple[Tensor, Tensor]:
-        """Return images ``[T, B, C, H, W]`` and labels ``[T, B]`` or, as probabilities, ``[.., K]``.
+        """Return images ``[T, B, C, H, W]``, and labels ``[T, B]`` or probabilities ``[T, B, K]``.
 
         Images have values in ``[0, 1]`` where the variables are in their box.
         """

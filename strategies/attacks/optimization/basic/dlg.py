@@ -55,6 +55,12 @@ class DLG(Attack):
         authors="Ligeng Zhu, Zhijian Liu, Song Han",
         venue="NeurIPS",
         year=2019,
+        published="pictures, no figures; label accuracy of one start on MNIST / CIFAR-100 / LFW "
+        "89.9 / 83.3 / 79.1 % (measured by Zhao et al. 2020, Table 1)",
+        measured="lenet, 100 classes, one image, up to 8 restarts chosen by own distance: "
+        "photo-tiles 10 of 10 images at 52-59 dB with their labels, 5.6 k gradient evaluations an "
+        "image; CIFAR-10 10 of 10 at 48-58 dB, 6.3 k; about two starts in three converge "
+        "(FEDSIM_TEST_DATA=... python -m pytest -m slow -s tests/strategies/passive/test_dlg.py)",
     )
     needs = frozenset({Capability.UPDATES})
     toy = ToyCase(
@@ -67,8 +73,8 @@ class DLG(Attack):
             "federation.local": "fedsgd(batch_size=1, lr=0.1)",
         },
         figure="leak.psnr.mean",
-        low=30.0,
-        high=120.0,
+        low=40.0,
+        high=199.0,
     )
 
     batch_size: Annotated[int, Field(ge=1)] = 1
