@@ -29,8 +29,10 @@ def lines(what: str) -> Iterator[str]:
             yield f"{name:28} {first_line(strategy)}"
     else:
         for name, component in registry.components(what.removesuffix("s")).items():
-            letter = f"{_letter(component)}  " if what == "attacks" else ""
-            yield f"{name:28} {letter}{first_line(component)}"
+            if what == "attacks":  # the file's first line names the method and its idea
+                yield f"{name:28} {_letter(component)}  {first_line(inspect.getmodule(component))}"
+            else:
+                yield f"{name:28} {first_line(component)}"
 
 
 def scenario_folder() -> Path:
@@ -86,6 +88,6 @@ def _letter(component: Any) -> str:
     return least_model(frozenset(needs)) or "?"
 
 
-def first_line(component: Callable[..., Any]) -> str:
-    """Return the first line of a component's docstring."""
-    return (inspect.getdoc(component) or "").partition("\n")[0]
+def first_line(documented: object) -> str:
+    """Return the first line of a docstring, as plain text."""
+    return (inspect.getdoc(documented) or "").partition("\n")[0].replace("``", "")

@@ -122,7 +122,7 @@ def test_cluster_gives_the_inline_answer_once_the_auditor_has_the_vaults(
     assert_same_run(inline_run, run)
 
 
-def test_every_scenario_runs_natively(tmp_path: Path) -> None:
+def test_every_scenario_holds_only_what_flwr_run_takes() -> None:
     """What `flwr run --run-config FILE` needs: declared keys, and nothing but scalars."""
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
     for path in sorted((ROOT / "scenarios").rglob("*.toml")):
