@@ -58,7 +58,11 @@ def test_a_partition_is_a_disjoint_cover_or_a_refusal(
         return
     assert len(parts) == clients
     assert all(len(part) for part in parts)
-    assert torch.equal(torch.cat(parts).sort().values, torch.arange(count))
+    covered = torch.cat(parts)
+    assert len(covered.unique()) == len(covered)
+    # Flower's shards are of one size; what does not fill one for each client is left out.
+    left_out = count - len(covered)
+    assert left_out < clients if expression.startswith("shard") else left_out == 0
 
 
 @pytest.mark.parametrize("expression", COVERING[:5])
