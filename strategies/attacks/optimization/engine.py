@@ -84,7 +84,7 @@ class Tally:
 
     def show(self, iteration: int, problems: int) -> None:
         """Report progress: so many problems run together, at this iteration."""
-        text = f"{problems} problems at once" if problems else ""
+        text = f"{problems} at once" if problems > 1 else ""
         self.tell(self.done + iteration * problems, self.total, text)
 
 
