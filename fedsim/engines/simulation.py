@@ -139,6 +139,7 @@ def superlink(command: str) -> Iterator[Link]:
         environment = {
             **os.environ,
             **QUIET,
+            "PATH": tools_first(),
             "FLWR_HOME": str(folder / "flwr-home"),
             "FEDSIM_HOME": str(seeds.home()),
             "FEDSIM_COMMAND": command,
@@ -218,6 +219,11 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def tools_first() -> str:
+    """Return a ``PATH`` on which Flower finds its own commands, environment activated or not."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 def _tool(name: str) -> str:

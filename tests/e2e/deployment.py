@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedsim.engines.simulation import QUIET, Link, free_port, wait_until_listening
+from fedsim.engines.simulation import QUIET, Link, free_port, tools_first, wait_until_listening
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -102,7 +102,13 @@ def cluster(folder: Path, nodes: int, home: Path) -> Iterator[Cluster]:
 
     make_keys(folder, nodes)
     port = free_port()
-    environment = {**os.environ, **QUIET, "FEDSIM_HOME": str(home), "FEDSIM_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        **QUIET,
+        "PATH": tools_first(),
+        "FEDSIM_HOME": str(home),
+        "FEDSIM_OFFLINE": "1",
+    }
     flwr_home = folder / "flwr-home"
     flwr_home.mkdir()
     (flwr_home / "config.toml").write_text(

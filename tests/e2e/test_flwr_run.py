@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedsim.engines.simulation import free_port
+from fedsim.engines.simulation import free_port, tools_first
 from tests.e2e.deployment import ROOT, tool
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -24,6 +24,7 @@ def local_superlink(flwr_home: Path, port: int):
     environment = {
         **os.environ,
         **DOCUMENTED,
+        "PATH": tools_first(),  # the README activates the environment
         "FLWR_HOME": str(flwr_home),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port),
         "FLWR_DISABLE_UPDATE_CHECK": "1",
