@@ -78,7 +78,7 @@ def grouped(
     waiting: list[tuple[int, ServerView, int]] = []
     for index, view in enumerate(views):
         size = batch_size(view)
-        numbers = sum(tensor.numel() for tensor in view.update().values())
+        numbers = sum(tensor.numel() for tensor in view.received.values())
         full = len(waiting) >= at_once(knowledge.device, size, numbers)
         if waiting and (full or size != waiting[0][2] or not _alike(view, waiting[0][1])):
             yield from _group(waiting, knowledge, labels, receipts)

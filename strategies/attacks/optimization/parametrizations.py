@@ -93,6 +93,7 @@ class PixelsAndLabels(Parametrization):
 
     def decode(self, variables: Tensor) -> tuple[Tensor, Tensor]:
         """Return images and the softmax of the label logits."""
-        images = variables[:, : self.pixels].view(-1, self.batch_size, *self.spec.shape)
-        logits = variables[:, self.pixels :].view(-1, self.batch_size, self.spec.num_classes)
+        both = len(variables), self.batch_size
+        images = variables[:, : self.pixels].view(*both, *self.spec.shape)
+        logits = variables[:, self.pixels :].view(*both, self.spec.num_classes)
         return images, logits.softmax(dim=-1)

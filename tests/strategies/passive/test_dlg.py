@@ -57,6 +57,16 @@ def test_a_start_that_is_not_finite_is_dropped_and_said_so(monkeypatch):
     assert found.scores.isfinite().all()
 
 
+def test_where_no_start_is_finite_there_is_no_candidate(monkeypatch):
+    client = digits_client()
+    begin = PixelsAndLabels.start
+    monkeypatch.setattr(PixelsAndLabels, "start", lambda *of: begin(*of) * torch.nan)
+    view = client.gradient(*batch(digits(), 1, 0))
+    found = DLG(iterations=5, restarts=2).reconstruct([view], client.knowledge("A"))
+    assert len(found.examples) == len(found.labels) == len(found.scores) == 0
+    assert "2 of them ended not finite; nothing found" in found.receipts[0]
+
+
 def test_weights_are_refused_with_a_remedy():
     model = Honest("lenet", spec()).model()
     DLG().check(model, "gradient")

@@ -139,6 +139,29 @@ def test_labels_come_from_the_rule_that_is_named():
         InvertingGradients(labels="analytical")
 
 
+def test_where_every_view_is_left_out_there_is_no_candidate():
+    client = Honest("lenet", spec())
+    _, views = captured(client, tiles(), 1, 1)
+    empty = {name: torch.zeros_like(tensor) for name, tensor in views[0].received.items()}
+    views = [dataclasses.replace(views[0], received=empty)]
+    found = InvertingGradients(iterations=5).reconstruct(views, client.knowledge("B", 1))
+    assert len(found.examples) == len(found.views) == len(found.labels) == len(found.scores) == 0
+
+
+@pytest.mark.gpu
+def test_the_gpu_follows_the_cpu():
+    client = Honest("convnet", spec(), dtype=torch.float64)
+    _, views = captured(client, tiles(), 2, 2)
+    counts = {view.label: 2 for view in views}
+    scores = []
+    for device in ("cpu", "cuda"):
+        knowledge = client.knowledge("B", counts)
+        knowledge.device = torch.device(device)
+        found = InvertingGradients(iterations=20).reconstruct(views, knowledge)
+        scores.append(found.scores)
+    assert torch.allclose(*scores, rtol=1e-3)
+
+
 # -- figures ---------------------------------------------------------------------------------------
 
 
