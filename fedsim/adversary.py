@@ -76,7 +76,7 @@ def _reconstruct(parts: Parts, attack: Attack, folder: RunFolder, into: RunFolde
     if not len(saved):
         raise RunFailed("the server saw no upload: there is nothing to reconstruct from")
     facts = saved.facts()
-    knowledge = build_knowledge(parts, folder, Progress(attack.name, "iterations"), attack)
+    knowledge = build_knowledge(parts, folder, Progress(attack.name, attack.unit), attack)
     started = time.perf_counter()
     try:
         result: object = run_sealed(

@@ -86,6 +86,8 @@ class Attack(ABC):
     paper: ClassVar[Paper]
     needs: ClassVar[frozenset[Capability]]
     toy: ClassVar[ToyCase]
+    #: What its progress counts, in the plural.
+    unit: ClassVar[str] = "steps"
 
     @property
     def oracles(self) -> frozenset[str]:

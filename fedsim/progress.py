@@ -14,17 +14,24 @@ class Progress:
     task : str
         What is being done, in a word.
     unit : str
-        What is counted.
+        What is counted, in the plural.
     """
 
     def __init__(self, task: str, unit: str) -> None:
         self.task, self.unit = task, unit
         self.started = self.last = time.monotonic()
         self.terminal = sys.stderr.isatty()
+        self.ended = False
 
     def __call__(self, done: int, total: int, text: str = "") -> None:
-        """Say that ``done`` of ``total`` units are done; ``text`` is the objective, say."""
+        """Say that ``done`` of ``total`` units are done; ``text`` is the objective, say.
+
+        Calls in quick succession are passed over; the end is told once, however often it is said.
+        """
         now, finished = time.monotonic(), done >= total
+        repeated, self.ended = finished and self.ended, finished
+        if repeated:
+            return
         if not finished and now - self.last < (0.2 if self.terminal else _EVERY):
             return
         self.last = now

@@ -58,6 +58,7 @@ class LinearInversion(Attack):
         "(python -m pytest -m slow tests/strategies/passive/test_linear_inversion.py -s)",
     )
     needs = frozenset({Capability.UPDATES})
+    unit = "views"
     toy = ToyCase(
         scenario={
             "threat-model": "A",
@@ -86,6 +87,7 @@ class LinearInversion(Attack):
             model = knowledge.model(view)
             shape = _shape(model)
             found = _ratio(view, reading_layer(model, self.layer))
+            knowledge.progress(index + 1, len(views), "")
             if found is None:
                 receipts.append(f"{view.label}: no row of the first layer can be divided")
                 continue
@@ -93,7 +95,6 @@ class LinearInversion(Attack):
             scores.append(found[1])
             indices.append(index)
             labels.append(negative_class(view, model))
-            knowledge.progress(index + 1, len(views), "views divided")
         return Reconstruction(
             examples=torch.stack(examples).clamp(0, 1) if examples else torch.empty(0, *shape),
             views=torch.tensor(indices, dtype=torch.int64),

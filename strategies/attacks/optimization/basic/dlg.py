@@ -63,6 +63,7 @@ class DLG(Attack):
         "(FEDSIM_TEST_DATA=... python -m pytest -m slow -s tests/strategies/passive/test_dlg.py)",
     )
     needs = frozenset({Capability.UPDATES})
+    unit = "iterations"
     toy = ToyCase(
         scenario={
             "threat-model": "A",

@@ -77,6 +77,7 @@ class InvertingGradients(Attack):
         "-m slow -s tests/strategies/passive/test_inverting_gradients.py)",
     )
     needs = frozenset({Capability.UPDATES, Capability.BASICS})
+    unit = "iterations"
     toy = ToyCase(
         scenario={
             "threat-model": "B",
