@@ -45,20 +45,45 @@ def local_superlink(flwr_home: Path, port: int):
                 process.kill()
 
 
+def streamed(environment: dict[str, str], scenario: Path) -> str:
+    """Run a scenario natively and return all that it printed."""
+    name = str(scenario.relative_to(ROOT))
+    done = subprocess.run(
+        [tool("flwr"), "run", ".", "--run-config", name, "--stream"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.stdout + done.stderr
+
+
 def test_plain_flwr_run_writes_the_report_where_the_readme_says(
     tmp_path: Path, fedsim_home: Path
 ) -> None:
     flwr_home = tmp_path / "flwr"
     flwr_home.mkdir()
     with local_superlink(flwr_home, free_port()) as environment:
-        done = subprocess.run(
-            [tool("flwr"), "run", ".", "--run-config", "scenarios/quickstart.toml", "--stream"],
-            cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        printed = streamed(environment, ROOT / "scenarios" / "quickstart.toml")
     pages = list((fedsim_home / "runs").glob("*quick-start*/report.html"))
-    assert len(pages) == 1, done.stdout + done.stderr
-    assert str(pages[0]) in done.stdout
-    assert "federation 1/1 rounds" in done.stdout
+    assert len(pages) == 1, printed
+    assert str(pages[0]) in printed
+    assert "federation 1/1 rounds" in printed
     report = json.loads((pages[0].parent / "report.json").read_text())
     assert report["federation"]["engine"] == "simulation"
     assert report["leak"]["leak_rate"] > 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_every_scenario_runs_natively(tmp_path: Path, fedsim_home: Path) -> None:
+    flwr_home = tmp_path / "flwr"
+    flwr_home.mkdir()
+    scenarios = sorted((ROOT / "scenarios").glob("**/*.toml"))
+    assert len(scenarios) >= 12
+    with local_superlink(flwr_home, free_port()) as environment:
+        for scenario in scenarios:
+            before = set((fedsim_home / "runs").glob("*/report.json"))
+            printed = streamed(environment, scenario)
+            new = set((fedsim_home / "runs").glob("*/report.json")) - before
+            assert len(new) == 1, printed
+            report = json.loads(new.pop().read_text())
+            print(f"{scenario.stem}: {report['verdict']}")
+            assert report["federation"]["engine"] == "simulation"

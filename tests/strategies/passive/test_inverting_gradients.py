@@ -188,7 +188,7 @@ def test_lenet_on_cifar10_comes_near_the_paper():
     truth, views = captured(client, cifar10(), 1, 10)
     psnr = reached(InvertingGradients(tv=1e-4), client, truth, views)
     print(
-        f"lenet, 4,000 iterations: {psnr.mean():.1f} +- {psnr.std():.1f} dB (Table 1: 18.00 +- 3.33)"
+        f"lenet, 4,000 iterations: {psnr.mean():.1f} +- {psnr.std():.1f} dB (paper: 18.00 +- 3.33)"
     )
     assert 16 <= psnr.mean() <= 23
 
