@@ -26,8 +26,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
+from fedsim import wanted
 from fedsim.errors import ScenarioError
 
 PACKAGES = ("fedsim.data", "fedsim.models", "strategies", "clients")
@@ -216,9 +217,6 @@ def build(kind: str, expression: Expression | str, key: str, *given: Any) -> Any
         raise ScenarioError(key, str(expression), str(error)) from error
 
 
-_STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
-
-
 def check_arguments(
     component: Callable[..., Any],
     expression: Expression,
@@ -241,11 +239,15 @@ def check_arguments(
         if name not in parameters:
             remedy = f"{expression.name} has no such parameter; {nearest(name, list(parameters))}"
             raise ScenarioError(where, value, remedy)
-        adapter = TypeAdapter(hints.get(name, Any), config=_STRICT)
+        adapter = TypeAdapter(hints.get(name, Any), config=wanted.STRICT)
         try:
             checked[name] = adapter.validate_python(value)
         except ValidationError as error:
-            raise ScenarioError(where, value, error.errors()[0]["msg"]) from None
+            default = parameters[name].default
+            default = None if default is inspect.Parameter.empty else default
+            schema, first = wanted.schema_of(hints[name]), error.errors()[0]
+            remedy = wanted.remedy(schema, first, default, toml=False)
+            raise ScenarioError(where, value, remedy) from None
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and name not in checked:
             remedy = f"{expression.name} needs {name}=..."

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fedsim import wanted
 from fedsim.errors import ScenarioError
 from fedsim.registry import nearest
 
@@ -146,14 +147,15 @@ class Scenario(_Table):
             table, _, name = key.rpartition(".")
             target = nested.setdefault(table, {}) if table else nested
             if not isinstance(target, dict):
-                raise ScenarioError(key, value, f"{table} is not a table")
+                remedy = f"{table} is not a table; {nearest(key, known_keys())}"
+                raise ScenarioError(key, value, remedy)
             target[name] = value
         try:
             return cls.model_validate(nested)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])
-            raise ScenarioError(key, first["input"], _remedy(cls, key, first)) from None
+            raise ScenarioError(key, first["input"], _remedy(key, first)) from None
 
     def flat(self) -> dict[str, Any]:
         """Return dotted keys and values, every key of the scenario."""
@@ -184,14 +186,17 @@ def known_keys() -> list[str]:
     return list(Scenario.from_flat({}).flat())
 
 
-def _remedy(cls: type[Scenario], key: str, error: Any) -> str:
-    known = list(cls.from_flat({}).flat())
+def _remedy(key: str, error: Any) -> str:
+    known = known_keys()
     if error["type"] == "extra_forbidden":
         return f"there is no such key; {nearest(key, known)}"
     if error["type"] == "model_type":
         inside = [name for name in known if name.startswith(f"{key}.")]
         return f"this is a table, [{key}]; there is: {', '.join(inside)}"
-    return str(error["msg"])
+    table, _, name = key.rpartition(".")
+    model: Any = Scenario.model_fields[table].annotation if table else Scenario
+    schema = model.model_json_schema()["properties"][name]
+    return wanted.remedy(schema, error, schema.get("default"), toml=True)
 
 
 def parse_override(text: str) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from torch import nn
 from fedsim.data.dataset import DataSpec
 from fedsim.registry import register
 
+Width = Annotated[int, Field(gt=0)]
+
 
 @register("model", "mlp")
-def mlp(
-    spec: DataSpec, *, hidden: list[Annotated[int, Field(gt=0)]] | tuple[int, ...] = (128,)
-) -> nn.Module:
+def mlp(spec: DataSpec, *, hidden: list[Width] | tuple[Width, ...] = (128,)) -> nn.Module:
     """Build flatten -> (linear -> ReLU) for each hidden width -> linear.
 
     Nothing is normalized: the first layer's gradient is a mixture of the pixels themselves.

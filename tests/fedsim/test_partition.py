@@ -119,7 +119,7 @@ def test_the_same_partition_is_not_computed_twice() -> None:
         ("dirichelt(alpha=0.5)", 4, "did you mean 'dirichlet'"),
         ("dirichlet(alfa=0.5)", 4, "did you mean 'alpha'"),
         ("dirichlet", 4, "needs alpha"),
-        ("dirichlet(alpha='high')", 4, "valid"),
+        ("dirichlet(alpha='high')", 4, "write a finite number or a list"),
         ("dirichlet(alpha=-1.0)", 4, "greater than zero"),
         ("dirichlet(alpha=0.01)", 40, "lower min_partition_size"),
         ("iid(num_partitions=3)", 4, "federation.clients"),

@@ -1,17 +1,27 @@
 """Expressions and the registry: what is written is what is built, or refused with the way out."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from fedsim import registry
 from fedsim.errors import ScenarioError
-from fedsim.registry import Expression, build, components, nearest, parse, register
+from fedsim.registry import (
+    Expression,
+    build,
+    check_arguments,
+    components,
+    nearest,
+    parse,
+    register,
+)
 
 literals = st.recursive(
     st.none()
@@ -117,13 +127,13 @@ def test_a_component_is_built_from_its_expression(part: type[Part]) -> None:
         ("prat(count=1)", "did you mean 'part'?"),
         ("part", "part needs count=..."),
         ("part(cuont=1)", "did you mean 'count'?"),
-        ("part(count=0)", "greater than or equal to 1"),
-        ("part(count='3')", "valid integer"),
-        ("part(count=True)", "valid integer"),
-        ("part(count=1.0)", "valid integer"),
-        ("part(count=1, rate=0)", "greater than 0"),
+        ("part(count=0)", "write a whole number of at least 1"),
+        ("part(count='3')", "write a whole number of at least 1"),
+        ("part(count=True)", "write a whole number"),
+        ("part(count=1.0)", "write a whole number"),
+        ("part(count=1, rate=0)", "write a finite number above 0, for instance 0.5"),
         ("part(count=1, rate=1e999)", "finite"),
-        ("part(count=1, mode='c')", "'a' or 'b'"),
+        ("part(count=1, mode='c')", "write 'a' or 'b'"),
         ("part(count=1, mode='b', rate=2.0)", "a rate of at most 1"),
         ("part(count=1) | part(count=2)", "exactly one defense"),
         ("none", "exactly one defense"),
@@ -134,6 +144,52 @@ def test_what_does_not_fit_is_refused_with_what_would(text: str, said: str) -> N
     with pytest.raises(ScenarioError, match="defenses") as refused:
         build("defense", text, "defenses")
     assert said in str(refused.value)
+
+
+SETTABLE = [
+    pytest.param(component, name, parameter, id=f"{name}({parameter})")
+    for kind in registry.KINDS
+    if kind != "role"
+    for name, component in components(kind).items()
+    for parameter in registry.settable(component, skip=kind == "model")
+]
+
+
+@pytest.mark.parametrize(("component", "name", "parameter"), SETTABLE)
+def test_every_parameter_says_what_would_be_right(
+    component: Callable[..., object], name: str, parameter: str
+) -> None:
+    with pytest.raises(ScenarioError) as refused:
+        check_arguments(component, Expression(name, {parameter: {}}), "key")
+    assert refused.value.key == f"key: {name}({parameter})"
+    assert refused.value.remedy.startswith("write ")
+
+
+def even(number: int) -> int:
+    if number % 2:
+        raise ValueError("only pairs train together")
+    return number
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "said"),
+    [
+        (bool, 1, "write True or False"),
+        (str | None, 1, "write text in quotes or None"),
+        (list[Annotated[int, Field(gt=0)]], [0], "write a list, each item a whole number above 0"),
+        (int | float | list[float] | np.ndarray, "a", "write a finite number or a list, each"),
+        (Literal["a"], "b", "write 'a'"),
+        (Annotated[int, AfterValidator(even)], 3, "only pairs train together; write a whole num"),
+        (np.ndarray, 1, "Input should be an instance of ndarray"),
+    ],
+)
+def test_a_type_is_told_in_words(annotation: object, value: object, said: str) -> None:
+    def component(given): ...  # type: ignore[no-untyped-def]
+
+    component.__annotations__ = {"given": annotation}
+    with pytest.raises(ScenarioError) as refused:
+        check_arguments(component, Expression("component", {"given": value}), "key")
+    assert refused.value.remedy.startswith(said)
 
 
 def test_a_name_belongs_to_one_component() -> None:

@@ -1,6 +1,7 @@
 """A bad scenario is refused before any client trains, in one message that says what is right."""
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -80,7 +81,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "underscore for hyphen": ({"threat_model": "A"}, "threat_model", "'threat-model'"),
     "unknown table": ({"audits.criterion": "psnr>=20"}, "audits", "there is no such key"),
     "value for a table": ({"audit": 3}, "audit", "table, [audit]; there is: audit.criterion"),
-    "key inside a value": ({"title.first": 3}, "title.first", "title is not a table"),
+    "key inside a value": ({"title.first": 3}, "title.first", "table; did you mean 'title'?"),
     "unknown attack": ({"attack": "wathcing"}, "attack", "did you mean 'watching'?"),
     "unknown defense": ({"defenses": "clpi"}, "defenses", "did you mean 'clip'?"),
     "unknown channel": ({"channel": "secag"}, "channel", "did you mean 'secagg'?"),
@@ -104,26 +105,42 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "unknown threat model": ({"threat-model": "Z"}, "threat-model", "'A', 'B'"),
     "unknown policy": ({"model.batchnorm": "free"}, "model.batchnorm", "'frozen', 'shared'"),
     "unknown precision": ({"federation.precision": "half"}, "federation.precision", "'float32'"),
-    "text for a number": ({"seed": "seven"}, "seed", "valid integer"),
-    "number for text": ({"attack": 3}, "attack", "valid string"),
-    "truth for a number": ({"federation.rounds": True}, "federation.rounds", "valid integer"),
-    "list": ({"defenses": ["clip"]}, "defenses", "valid string"),
-    "no clients": ({"federation.clients": 0}, "federation.clients", "greater than or equal to 1"),
-    "no rounds": ({"federation.rounds": 0}, "federation.rounds", "greater than or equal to 1"),
-    "negative seed": ({"seed": -1}, "seed", "greater than or equal to 0"),
-    "too large a share": ({"federation.fraction": 1.5}, "federation.fraction", "less than or"),
-    "share is no number": ({"federation.fraction": float("nan")}, "federation.fraction", "finite"),
-    "endless timeout": ({"federation.timeout": float("inf")}, "federation.timeout", "finite"),
+    "text for a number": ({"seed": "seven"}, "seed", "write a whole number of at least 0"),
+    "number for text": ({"attack": 3}, "attack", "write text, for instance 'none'"),
+    "truth for a number": ({"federation.rounds": True}, "federation.rounds", "a whole number"),
+    "list": ({"defenses": ["clip"]}, "defenses", "write text"),
+    "no clients": (
+        {"federation.clients": 0},
+        "federation.clients",
+        "of at least 1, for instance 4",
+    ),
+    "no rounds": ({"federation.rounds": 0}, "federation.rounds", "of at least 1, for instance 1"),
+    "negative seed": ({"seed": -1}, "seed", "of at least 0, for instance 7"),
+    "too large a share": (
+        {"federation.fraction": 1.5},
+        "federation.fraction",
+        "above 0 and at most 1",
+    ),
+    "share is no number": (
+        {"federation.fraction": float("nan")},
+        "federation.fraction",
+        "above 0 and",
+    ),
+    "endless timeout": (
+        {"federation.timeout": float("inf")},
+        "federation.timeout",
+        "most 31536000",
+    ),
     "cohort of zero": ({"federation.fraction": 0.2}, "federation.fraction", "at least 0.25"),
     "argument of wrong type": (
         {"federation.local": "fedsgd(batch_size='two')"},
         "federation.local: fedsgd(batch_size)",
-        "valid integer",
+        "write a whole number of at least 1, for instance 8",
     ),
     "argument out of range": (
         {"defenses": "clip(norm=-1.0)"},
         "defenses: clip(norm)",
-        "greater than 0",
+        "write a finite number above 0, for instance 1.0",
     ),
     "argument unknown": (
         {"model.name": "mlp(hiden=[3])"},
@@ -322,6 +339,13 @@ def test_the_defaults_are_those_that_flower_is_told() -> None:
     assert types == {key: type(value) for key, value in Scenario.from_flat({}).flat().items()}
 
 
+@pytest.mark.parametrize("key", known_keys())
+def test_a_value_of_a_wrong_type_is_refused_with_what_would_be_right(key: str) -> None:
+    with pytest.raises(ScenarioError) as refused:
+        Scenario.from_flat({key: [None]})
+    assert re.fullmatch(r"write .+(, for instance .+| or .+)", refused.value.remedy)
+
+
 def test_the_default_scenario_is_valid() -> None:
     check(Parts(Scenario.from_flat({})))
 
@@ -396,6 +420,7 @@ def fedsim(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
     ("command", "override", "said"),
     [
         ("validate", "federation.client=3", "did you mean 'federation.clients'?"),
+        ("validate", "federation.clients=eight", "write a whole number of at least 1, for in"),
         ("run", "threat-model=F", "robbing-the-fed needs surrogate; the least threat model is G"),
     ],
 )
