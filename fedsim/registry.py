@@ -248,11 +248,25 @@ def check_arguments(
             schema, first = wanted.schema_of(hints[name]), error.errors()[0]
             remedy = wanted.remedy(schema, first, default, toml=False)
             raise ScenarioError(where, value, remedy) from None
-    for name, parameter in parameters.items():
-        if parameter.default is inspect.Parameter.empty and name not in checked:
-            remedy = f"{expression.name} needs {name}=..."
-            raise ScenarioError(key, str(expression), remedy)
+    required = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty]
+    if missing := {n: wanted.schema_of(hints.get(n, Any)) for n in required if n not in checked}:
+        raise ScenarioError(key, str(expression), _missing(component, expression, missing))
     return checked
+
+
+def _missing(
+    component: Callable[..., Any], expression: Expression, missing: dict[str, dict[str, Any]]
+) -> str:
+    """Say which arguments are wanted, of what type, what they mean, and how to write them."""
+    told = wanted.meanings(component)
+    each = []
+    for name, schema in missing.items():
+        meaning = told.get(name, "").partition(". ")[0].rstrip(".")
+        words = ", ".join(part for part in (name, wanted.in_words(schema)) if part)
+        each.append(f"{words} ({meaning})" if meaning else words)
+    shown = {name: wanted.example(schema) for name, schema in missing.items()}
+    written = Expression(expression.name, {**expression.arguments, **shown})
+    return f"{expression.name} needs {'; and '.join(each)}; write for instance {written}"
 
 
 def settable(component: Callable[..., Any], skip: int = 0) -> dict[str, inspect.Parameter]:

@@ -1,5 +1,7 @@
-"""What a value should be, in words: for messages that refuse one."""
+"""What a value should be, in words: for messages that refuse one, or miss one."""
 
+import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,10 +63,7 @@ def remedy(
 def in_words(schema: Mapping[str, Any], *, toml: bool = False) -> str:
     """Say what a JSON schema wants: ``a whole number of at least 1``; empty where it cannot."""
     if "anyOf" in schema:
-        choices = schema["anyOf"]
-        if {"type": "number"} in choices:
-            choices = [choice for choice in choices if choice != {"type": "integer"}]
-        words = dict.fromkeys(in_words(choice, toml=toml) for choice in choices)
+        words = dict.fromkeys(in_words(choice, toml=toml) for choice in _choices(schema))
         return " or ".join(word for word in words if word)
     if "enum" in schema or "const" in schema:
         *values, last = map(repr, schema.get("enum", [schema.get("const")]))
@@ -79,8 +78,39 @@ def in_words(schema: Mapping[str, Any], *, toml: bool = False) -> str:
     return {"boolean": flags, "string": text, "null": "None"}.get(kind, "")
 
 
+def _choices(schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return what a schema allows; a whole number is a number."""
+    choices = schema.get("anyOf", [schema])
+    if {"type": "number"} in choices:
+        choices = [choice for choice in choices if choice != {"type": "integer"}]
+    return list(choices)
+
+
 def _number(schema: Mapping[str, Any]) -> str:
     limits = [f"{words} {schema[key]:.15g}" for key, words in _LIMITS.items() if key in schema]
     finite = "a number" if len(limits) == 2 else "a finite number"
     kind = "a whole number" if schema["type"] == "integer" else finite
     return " ".join([kind, " and ".join(limits)]) if limits else kind
+
+
+def example(schema: Mapping[str, Any]) -> object:
+    """Return a value of the type that a JSON schema wants, to show how it is written."""
+    first = _choices(schema)[0]
+    if "enum" in first or "const" in first:
+        return first.get("enum", [first.get("const")])[0]
+    written = {"integer": first.get("minimum", 2), "number": 0.5, "boolean": True, "array": [2]}
+    return written.get(first.get("type", ""), "...")
+
+
+def meanings(component: object) -> dict[str, str]:
+    """Return what a component's docstring (NumPy style) says of each parameter, in one line."""
+    section = (inspect.getdoc(component) or "").partition("Parameters\n----------\n")[2]
+    section = re.split(r"\n\w[\w ]*\n---", section)[0]
+    told: dict[str, list[str]] = {}
+    names: list[str] = []
+    for line in section.splitlines():
+        if found := re.match(r"(\w+(?:, \w+)*) ?:", line):
+            names = found[1].split(", ")
+        for name in names if line.startswith(" ") else ():
+            told.setdefault(name, []).append(line.strip())
+    return {name: " ".join(lines) for name, lines in told.items()}

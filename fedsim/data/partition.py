@@ -113,10 +113,10 @@ def _resolve(expression: Expression, clients: int, seed: int) -> tuple[Any, dict
             raise ScenarioError(
                 f"{KEY}: {expression.name}({name})", expression.arguments[name], remedy
             )
+    arguments = check_arguments(partitioner, expression, KEY, ours=OURS)
     supplied = {"num_partitions": clients, "partition_by": "label", "seed": seed}
     ours = {name: supplied[name] for name in settable(partitioner) if name in supplied}
-    full = Expression(expression.name, {**expression.arguments, **ours})
-    return partitioner, check_arguments(partitioner, full, KEY)
+    return partitioner, {**arguments, **ours}
 
 
 def _partitioners() -> dict[str, Any]:

@@ -118,7 +118,24 @@ def test_the_same_partition_is_not_computed_twice() -> None:
     [
         ("dirichelt(alpha=0.5)", 4, "did you mean 'dirichlet'"),
         ("dirichlet(alfa=0.5)", 4, "did you mean 'alpha'"),
-        ("dirichlet", 4, "needs alpha"),
+        (
+            "dirichlet",
+            4,
+            "'dirichlet': dirichlet needs alpha, a finite number or a list, each item a finite "
+            "number (Concentration parameter to the Dirichlet distribution); write for instance "
+            "dirichlet(alpha=0.5)",
+        ),
+        ("dirichlet(alfa=0.5)", 4, "there is: alpha, min_partition_size, self_balancing, shuffle"),
+        (
+            "inner-dirichlet",
+            4,
+            "write for instance inner-dirichlet(partition_sizes=[2], alpha=0.5)",
+        ),
+        (
+            "pathological(shuffle=False)",
+            4,
+            "write for instance pathological(shuffle=False, num_classes_per_partition=2)",
+        ),
         ("dirichlet(alpha='high')", 4, "write a finite number or a list"),
         ("dirichlet(alpha=-1.0)", 4, "greater than zero"),
         ("dirichlet(alpha=0.01)", 40, "lower min_partition_size"),

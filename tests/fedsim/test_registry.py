@@ -125,7 +125,10 @@ def test_a_component_is_built_from_its_expression(part: type[Part]) -> None:
     ("text", "said"),
     [
         ("prat(count=1)", "did you mean 'part'?"),
-        ("part", "part needs count=..."),
+        (
+            "part",
+            "part needs count, a whole number of at least 1; write for instance part(count=1)",
+        ),
         ("part(cuont=1)", "did you mean 'count'?"),
         ("part(count=0)", "write a whole number of at least 1"),
         ("part(count='3')", "write a whole number of at least 1"),
