@@ -2,34 +2,42 @@
 
 import inspect
 import tomllib
-from collections.abc import Callable, Iterator
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import fedsim
-from fedsim import registry
+from fedsim import federation, registry, wanted
 from fedsim.attack import Attack
+from fedsim.data.partition import OURS, partitioners
 from fedsim.errors import ScenarioError
-from fedsim.federation import inner_strategies
 from fedsim.threat import NAMES, least_model
 
 # Kinds whose components are called with something of the range's own first.
 _GIVEN = {"model": 1}
+# Flower's own: the key that names them, and the parameters that the range sets itself.
+_FLOWERS = {
+    "strategy": ("federation.strategy", federation.OURS),
+    "partitioner": ("data.partition", OURS),
+}
 
 
 def lines(what: str) -> Iterator[str]:
     """Yield one line for each thing of a kind (plural, as on the command line)."""
-    if what == "scenarios":
+    kind = "strategy" if what == "strategies" else what.removesuffix("s")
+    if kind == "scenario":
         for path in sorted(scenario_folder().rglob("*.toml")):
             content = tomllib.loads(path.read_text())
             letter = content.get("threat-model", "B")
             yield f"{path.relative_to(scenario_folder())!s:40} {letter}  {content['title']}"
-    elif what == "strategies":
-        for name, strategy in sorted(inner_strategies().items()):
-            yield f"{name:28} {first_line(strategy)}"
+    elif kind in _FLOWERS:
+        for name, component in sorted(_flowers()[kind].items()):
+            yield f"{name:28} {first_line(component)}"
     else:
-        for name, component in registry.components(what.removesuffix("s")).items():
-            if what == "attacks":  # the file's first line names the method and its idea
+        for name, component in registry.components(kind).items():
+            if kind == "attack":  # the file's first line names the method and its idea
                 yield f"{name:28} {_letter(component)}  {first_line(inspect.getmodule(component))}"
             else:
                 yield f"{name:28} {first_line(component)}"
@@ -43,19 +51,37 @@ def scenario_folder() -> Path:
 
 
 def explain(name: str) -> str:
-    """Return everything known of one component, to print.
+    """Return everything known of a component, to print; of several, where kinds share the name.
+
+    ``name`` may be an expression, as in a scenario, or in Flower's own spelling (``FedAdam``).
 
     Raises
     ------
     ScenarioError
         If nothing has this name.
     """
-    for kind in registry.KINDS:
-        known = registry.components(kind)
-        if name in known:
-            return "\n".join(_explanation(kind, name, known[name]))
-    every = [name for kind in registry.KINDS for name in registry.components(kind)]
-    raise ScenarioError("name", name, f"nothing has this name; {registry.nearest(name, every)}")
+    sought = name.partition("(")[0].strip().lower()
+    pages = [
+        _explanation(kind, sought, registry.components(kind)[sought])
+        for kind in registry.KINDS
+        if sought in registry.components(kind)
+    ]
+    pages += [
+        _flowers_own(kind, sought, known[sought])
+        for kind, known in _flowers().items()
+        if sought in known
+    ]
+    if not pages:
+        ours = [one for kind in registry.KINDS for one in registry.components(kind)]
+        every = [*ours, *(one for known in _flowers().values() for one in known)]
+        remedy = f"nothing has this name; {registry.nearest(sought, list(dict.fromkeys(every)))}"
+        raise ScenarioError("name", name, remedy)
+    return "\n\n".join("\n".join(page) for page in pages)
+
+
+def _flowers() -> dict[str, dict[str, Any]]:
+    """Return what scenarios name and Flower has, by kind and name."""
+    return {"strategy": federation.inner_strategies(), "partitioner": partitioners()}
 
 
 def _explanation(kind: str, name: str, component: Callable[..., Any]) -> Iterator[str]:
@@ -69,14 +95,36 @@ def _explanation(kind: str, name: str, component: Callable[..., Any]) -> Iterato
         letter = _letter(component)
         needs = ", ".join(sorted(need.value for need in component.needs))  # type: ignore[attr-defined]
         yield f"threat     {letter} ({NAMES[letter]}); needs {needs}"
-    parameters = registry.settable(component, _GIVEN.get(kind, 0))
-    for index, parameter in enumerate(parameters.values()):
-        default = "required" if parameter.default is parameter.empty else repr(parameter.default)
-        yield f"{'parameters' if not index else '':10} {parameter.name} = {default}"
+    yield from _parameters(registry.settable(component, _GIVEN.get(kind, 0)))
     if paper and paper.published:
         yield f"published  {paper.published}"
     if paper and paper.measured:
         yield f"measured   {paper.measured}"
+
+
+def _flowers_own(kind: str, name: str, component: Callable[..., Any]) -> Iterator[str]:
+    """Explain without the parameters that the range sets itself."""
+    key, ours = _FLOWERS[kind]
+    package = component.__module__.partition(".")[0]
+    yield f"{name}  ({kind}; Flower's {component.__name__}, {package} {version(package)})"
+    yield ""
+    yield (inspect.getdoc(component) or "").partition("\nParameters\n---")[0].strip()
+    yield ""
+    own = {one: p for one, p in registry.settable(component).items() if one not in ours}
+    types = typing.get_type_hints(component.__init__)
+    required = [one for one, parameter in own.items() if parameter.default is parameter.empty]
+    shown = {one: wanted.example(wanted.schema_of(types[one])) for one in required}
+    yield f'scenario   {key} = "{registry.Expression(name, shown)}"'
+    yield from _parameters(own, wanted.meanings(component))
+
+
+def _parameters(
+    parameters: Mapping[str, inspect.Parameter], meanings: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    for index, (name, parameter) in enumerate(parameters.items()):
+        default = "required" if parameter.default is parameter.empty else repr(parameter.default)
+        set_to, meaning = f"{name} = {default}", (meanings or {}).get(name, "")
+        yield f"{'' if index else 'parameters':10} {set_to:36} {meaning}".rstrip()
 
 
 def _letter(component: Any) -> str:

@@ -133,6 +133,7 @@ class Listed(StrEnum):
     MODELS = "models"
     CHANNELS = "channels"
     STRATEGIES = "strategies"
+    PARTITIONERS = "partitioners"
     SCENARIOS = "scenarios"
 
 
@@ -150,8 +151,10 @@ def list_(
 
 
 @app.command()
-def explain(name: Annotated[str, typer.Argument(help="A name from `fedsim list`.")]) -> None:
-    """Explain one method: paper, threat model, parameters, published and own figures."""
+def explain(
+    name: Annotated[str, typer.Argument(help="A name from `fedsim list`, or an expression.")],
+) -> None:
+    """Explain a method or what else a scenario names: paper, threat model, parameters, figures."""
     from fedsim import catalog
 
     print(catalog.explain(name))

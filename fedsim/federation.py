@@ -28,8 +28,8 @@ from fedsim.models import build_model, is_buffer, uploaded_names
 from fedsim.population import Ledger, Population, client_of
 from fedsim.spool import lazily
 
-# Parameters of Flower strategies that the range sets itself.
-_OURS = {
+#: Parameters of Flower strategies that the range sets itself.
+OURS = {
     "fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes",
     "min_available_nodes", "weighted_by_key", "arrayrecord_key", "configrecord_key",
     "train_metrics_aggr_fn", "evaluate_metrics_aggr_fn", "selection_rule",
@@ -61,10 +61,10 @@ def build_strategy(expression: str, fraction: float) -> Strategy:
         remedy = f"no such strategy; {registry.nearest(expression, list(known))}"
         raise ScenarioError(key, expression, remedy)
     strategy: Any = known[found[0].name]
-    if taken := sorted(_OURS & found[0].arguments.keys()):
+    if taken := sorted(OURS & found[0].arguments.keys()):
         remedy = "the range sets this itself (federation.fraction says who trains)"
         raise ScenarioError(f"{key}: {taken[0]}", found[0].arguments[taken[0]], remedy)
-    arguments = registry.check_arguments(strategy, found[0], key, ours=_OURS)
+    arguments = registry.check_arguments(strategy, found[0], key, ours=OURS)
     try:
         with _no_warnings():
             built: Strategy = strategy(

@@ -258,12 +258,11 @@ def _missing(
     component: Callable[..., Any], expression: Expression, missing: dict[str, dict[str, Any]]
 ) -> str:
     """Say which arguments are wanted, of what type, what they mean, and how to write them."""
-    told = wanted.meanings(component)
+    meanings = wanted.meanings(component)
     each = []
     for name, schema in missing.items():
-        meaning = told.get(name, "").partition(". ")[0].rstrip(".")
         words = ", ".join(part for part in (name, wanted.in_words(schema)) if part)
-        each.append(f"{words} ({meaning})" if meaning else words)
+        each.append(f"{words} ({meanings[name]})" if name in meanings else words)
     shown = {name: wanted.example(schema) for name, schema in missing.items()}
     written = Expression(expression.name, {**expression.arguments, **shown})
     return f"{expression.name} needs {'; and '.join(each)}; write for instance {written}"

@@ -103,7 +103,7 @@ def example(schema: Mapping[str, Any]) -> object:
 
 
 def meanings(component: object) -> dict[str, str]:
-    """Return what a component's docstring (NumPy style) says of each parameter, in one line."""
+    """Return what a component's docstring (NumPy style) says of each parameter: a sentence."""
     section = (inspect.getdoc(component) or "").partition("Parameters\n----------\n")[2]
     section = re.split(r"\n\w[\w ]*\n---", section)[0]
     told: dict[str, list[str]] = {}
@@ -113,4 +113,5 @@ def meanings(component: object) -> dict[str, str]:
             names = found[1].split(", ")
         for name in names if line.startswith(" ") else ():
             told.setdefault(name, []).append(line.strip())
-    return {name: " ".join(lines) for name, lines in told.items()}
+    sentences = {name: re.split(r"\.\s+(?=[A-Z])", " ".join(told[name]))[0] for name in told}
+    return {name: sentence.rstrip(".") for name, sentence in sentences.items()}

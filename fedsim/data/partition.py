@@ -102,7 +102,7 @@ def _way_out(expression: Expression) -> str:
 
 def _resolve(expression: Expression, clients: int, seed: int) -> tuple[Any, dict[str, Any]]:
     """Return the partitioner's class and all its arguments, checked."""
-    known = _partitioners()
+    known = partitioners()
     if expression.name not in known:
         reason = UNFIT.get(expression.name, "no partitioner has this name")
         raise ScenarioError(KEY, expression.name, f"{reason}; {nearest(expression.name, [*known])}")
@@ -119,7 +119,7 @@ def _resolve(expression: Expression, clients: int, seed: int) -> tuple[Any, dict
     return partitioner, {**arguments, **ours}
 
 
-def _partitioners() -> dict[str, Any]:
+def partitioners() -> dict[str, Any]:
     """Return Flower's partitioners that split labeled examples, by hyphenated name."""
     from flwr_datasets import partitioner as flower  # heavy: only where a partition is wanted
 

@@ -114,8 +114,55 @@ def test_explain_gives_paper_threat_model_and_parameters(fedsim: Fedsim) -> None
         assert word in said.out
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "FedAdam",
+            (
+                "fedadam  (strategy; Flower's FedAdam, flwr ",
+                'scenario   federation.strategy = "fedadam"\n',
+                "parameters eta = 0.1                            Server-side learning rate\n",
+                "beta_2 = 0.99",
+            ),
+        ),
+        (
+            "dirichlet",
+            (
+                "dirichlet  (partitioner; Flower's DirichletPartitioner, flwr_datasets ",
+                'scenario   data.partition = "dirichlet(alpha=0.5)"\n',
+                "parameters alpha = required                     Concentration parameter",
+                "min_partition_size = 10",
+            ),
+        ),
+        ("dirichlet(alpha=0.5)", ("alpha = required",)),
+        ("iid", ("Flower's IidPartitioner",)),
+        ("convnet", ("width = 32",)),
+        ("image-folder", ("path = required",)),
+        ("fedavg", ("(local; clients.trainer)", "(strategy; Flower's FedAvg")),
+    ],
+)
+def test_explain_knows_all_that_a_scenario_names(
+    name: str, words: tuple[str, ...], fedsim: Fedsim
+) -> None:
+    said = fedsim("explain", name)
+    assert said.status == 0
+    for word in words:
+        assert word in said.out
+    assert "num_partitions = " not in said.out  # the range's own
+    assert "fraction_train" not in said.out
+
+
+def test_explain_knows_all_that_is_listed(fedsim: Fedsim) -> None:
+    for what in set(cli.Listed) - {cli.Listed.SCENARIOS}:
+        for line in fedsim("list", what.value).out.splitlines():
+            assert fedsim("explain", line.split()[0]).status == 0
+
+
 def test_explain_helps_with_a_misspelled_name(fedsim: Fedsim) -> None:
     refused(fedsim("explain", "linear-inversoin"), "did you mean 'linear-inversion'?")
+    refused(fedsim("explain", "FedAdm"), "did you mean 'fedadam'?")
+    refused(fedsim("explain", "dirichlt"), "did you mean 'dirichlet'?")
 
 
 def test_validate_accepts_and_runs_nothing(fedsim: Fedsim, tmp_path: Path) -> None:
