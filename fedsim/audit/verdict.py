@@ -1,6 +1,7 @@
 """Judge a run: from a run folder to a :class:`~fedsim.audit.schema.Report`."""
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +48,23 @@ class _NothingToJudge(Exception):  # noqa: N818 - a reason for the report, not a
     """Why there is no leak to measure."""
 
 
-def judge(folder: Path, reconstruction: Path | None = None) -> Report:
+@dataclass(frozen=True)
+class _Finding:
+    """What leaked, or the reason why nothing could be measured; and notes for the reader."""
+
+    leak: Leak | None
+    examples: list[Example]
+    reason: str | None
+    notes: list[str]
+
+
+def judge(folder: Path) -> Report:
     """Judge a run folder.
 
     Parameters
     ----------
     folder : Path
         The run folder; what is missing from it becomes a null with a reason.
-    reconstruction : Path or None
-        Another saved reconstruction to judge than that of the scenario's own attack.
 
     Raises
     ------
@@ -66,45 +75,54 @@ def judge(folder: Path, reconstruction: Path | None = None) -> Report:
     """
     run = open_run(folder)
     criterion = parse_criterion(str(run.scenario.get("audit", {}).get("criterion", "psnr>=20")))
-    saved = run.reconstruction(reconstruction)
+    saved = run.reconstruction()
     # Uploads are the bulk of a vault and are not needed here.
     records = {(r.client, r.round): dataclasses.replace(r, upload=None) for r in run.vault}
-    data = _data(run)
+    finding = _finding(run, saved, records, criterion)
+    return _report(run, saved, records, criterion, finding)
+
+
+def _finding(run: Run, saved: Saved | None, records: Records, criterion: Criterion) -> _Finding:
     notes: list[str] = []
-    leak: Leak | None = None
-    examples: list[Example] = []
-    reason: str | None = None
     try:
         leak, examples = _leak(run, saved, records, criterion, notes)
     except _NothingToJudge as nothing:
-        reason = str(nothing)
-    parts = receipts.defense_parts(records.values(), run.federation)
+        return _Finding(None, [], str(nothing), notes)
+    return _Finding(leak, examples, None, notes)
+
+
+def _report(
+    run: Run, saved: Saved | None, records: Records, criterion: Criterion, finding: _Finding
+) -> Report:
+    defenses = receipts.defense_parts(records.values(), run.federation)
     stopped = run.stopped()
-    failed = None if stopped else _failed(run, saved, bool(records), parts)
+    failed = None if stopped else _failed(run, saved, bool(records), defenses)
     threat_model = _threat_model(run, saved)
-    return Report(
-        title=str(run.scenario.get("title", "untitled")),
-        run=folder.resolve().name,
-        verdict=verdict(
-            criterion,
-            leak,
-            reason=reason,
-            oracles=threat_model.oracles,
-            failed=failed,
-            stopped=stopped,
-        ),
+    sentence = verdict(
+        criterion,
+        finding.leak,
+        reason=finding.reason,
+        oracles=threat_model.oracles,
         failed=failed,
         stopped=stopped,
-        notes=notes,
+    )
+    data = _data(run)
+    return Report(
+        title=str(run.scenario.get("title", "untitled")),
+        run=run.folder.resolve().name,
+        verdict=sentence,
+        failed=failed,
+        stopped=stopped,
+        notes=finding.notes,
         scenario=run.scenario,
         threat_model=threat_model,
         federation=_federation(run),
         attack=_attack(saved),
-        defenses=parts,
+        defenses=defenses,
         detection=receipts.detections(records.values(), run.federation),
-        leak=leak,
-        leak_reason=reason,
-        examples=examples,
+        leak=finding.leak,
+        leak_reason=finding.reason,
+        examples=finding.examples,
         classes=list(data.classes) if isinstance(data, DataSet) else [],
         environment=run.environment,
     )
