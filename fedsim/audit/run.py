@@ -42,19 +42,24 @@ class Run:
             return f"it stopped before its first round was done{last}"
         if rounds is not None and done is not None and done < rounds:
             return f"it stopped after round {done} of {rounds}{last}"
-        attacked = self.attack is None or self.reconstruction() is not None
+        attacked = self.attack is None or self.reconstruction(None) is not None
         if not attacked and not any(event.get("event") == "reconstructed" for event in written):
             return f"it stopped before its attack was done{last}"
         return None
 
-    def reconstruction(self) -> tuple[Reconstruction, Facts, Path] | None:
-        """Load what the scenario's attack made; None if it made nothing."""
-        if self.attack is None:
-            return None
-        named = {slug(str(self.scenario["attack"]).strip()), slug(str(self.attack))}
-        folder = self.folder / "reconstructions"
-        found = [file for name in named if (file := folder / f"{name}.safetensors").exists()]
-        return (*load(found[0]), found[0]) if found else None
+    def reconstruction(self, path: Path | None) -> tuple[Reconstruction, Facts, Path] | None:
+        """Load the saved reconstruction at ``path``; by default that of the scenario's attack."""
+        if path is None:
+            expression = self.attack
+            if expression is None:
+                return None
+            named = {slug(str(self.scenario["attack"]).strip()), slug(str(expression))}
+            folder = self.folder / "reconstructions"
+            found = [file for name in named if (file := folder / f"{name}.safetensors").exists()]
+            if not found:
+                return None
+            path = found[0]
+        return *load(path), path
 
 
 def open_run(folder: Path) -> Run:

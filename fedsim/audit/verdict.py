@@ -58,13 +58,15 @@ class _Finding:
     notes: list[str]
 
 
-def judge(folder: Path) -> Report:
+def judge(folder: Path, reconstruction: Path | None = None) -> Report:
     """Judge a run folder.
 
     Parameters
     ----------
     folder : Path
         The run folder; what is missing from it becomes a null with a reason.
+    reconstruction : Path or None
+        Another saved reconstruction to judge than that of the scenario's own attack.
 
     Raises
     ------
@@ -75,7 +77,7 @@ def judge(folder: Path) -> Report:
     """
     run = open_run(folder)
     criterion = parse_criterion(str(run.scenario.get("audit", {}).get("criterion", "psnr>=20")))
-    saved = run.reconstruction()
+    saved = run.reconstruction(reconstruction)
     # Uploads are the bulk of a vault and are not needed here.
     records = {(r.client, r.round): dataclasses.replace(r, upload=None) for r in run.vault}
     finding = _finding(run, saved, records, criterion)
