@@ -16,6 +16,7 @@ from flwr.app import Array, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedsim.errors import RunFailed
+from fedsim.grid import GridWrapper
 from fedsim.spool import spooled
 
 ADDRESS = "fedsim"  # the record that says which client a message is for
@@ -46,7 +47,7 @@ class Ledger:
         self.failures.append({"round": self.round, "client": client, "reason": reason})
 
 
-class Population(Grid):
+class Population(GridWrapper):
     """A ``Grid`` whose nodes are the scenario's clients.
 
     Replies come back in order of clients, their arrays on disk until :meth:`close`; a client that
@@ -56,7 +57,8 @@ class Population(Grid):
     def __init__(
         self, inner: Grid, clients: int, ledger: Ledger, timeout: float, folder: Path
     ) -> None:
-        self.inner, self.clients, self.ledger, self.timeout = inner, clients, ledger, timeout
+        super().__init__(inner)
+        self.clients, self.ledger, self.timeout = clients, ledger, timeout
         self.hosts: dict[int, int] = {}  # partition-id -> SuperNode
         self.partitions = 0
         self._spool = tempfile.TemporaryDirectory(prefix=".spool-", dir=folder)
@@ -179,7 +181,7 @@ class Population(Grid):
         """Delete what is left on disk."""
         self._spool.cleanup()
 
-    # -- the rest of the Grid interface ----------------------------------------------------------
+    # -- sending in two steps ------------------------------------------------------------------
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Deliver at once and keep the replies for :meth:`pull_messages`."""
         sent = list(messages)
@@ -195,26 +197,6 @@ class Population(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies kept by :meth:`push_messages`."""
         return [self._replies.pop(i) for i in message_ids if i in self._replies]
-
-    def set_run(self, run: Any) -> None:
-        """Pass on."""
-        self.inner.set_run(run)
-
-    @property
-    def run(self) -> Any:
-        """The run of the grid inside."""
-        return self.inner.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Create a message as Flower's own grids do."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
 
 def _bytes(content: RecordDict) -> int:

@@ -50,6 +50,7 @@ from pydantic import Field
 
 from fedsim import seeds
 from fedsim.channel import Channel
+from fedsim.grid import GridWrapper
 from fedsim.models import is_buffer
 from fedsim.population import Population, client_of
 from fedsim.registry import register
@@ -247,7 +248,7 @@ class _Vetted:
 
 
 @dataclass
-class SecAggGrid(Grid):
+class SecAggGrid(GridWrapper):
     """Answers a round of training with one message: the weighted mean of all uploads."""
 
     inner: Population
@@ -308,30 +309,6 @@ class SecAggGrid(Grid):
             }
         )
         return Message(content, reply_to=asked)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Pass on."""
-        return self.inner.get_node_ids()
-
-    def set_run(self, run: Any) -> None:
-        """Pass on."""
-        self.inner.set_run(run)
-
-    @property
-    def run(self) -> Any:
-        """The run of the grid inside."""
-        return self.inner.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Pass on."""
-        return self.inner.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def push_messages(self, _: Iterable[Message]) -> Iterable[str]:
         """Refuse: a single push would bypass the protocol."""
