@@ -1,9 +1,15 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and read as what they should be or not at all."""
 
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from fedsim.errors import RunFailed
+
+T = TypeVar("T")
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -25,3 +31,22 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, indented, without NaN (JSON has none)."""
     write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, kind: type[T]) -> T:
+    """Read JSON that may come from elsewhere, and check that it has the shape of ``kind``.
+
+    Raises
+    ------
+    RunFailed
+        If the file is missing, is no JSON, or says something else.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
+    except FileNotFoundError as error:
+        raise RunFailed(f"{path} is missing") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        what = f"{where}: {first['msg']}" if where else first["msg"]
+        raise RunFailed(f"{path} is damaged: {what}") from error

@@ -5,23 +5,37 @@ import os
 import re
 import secrets
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from fedsim import seeds
 from fedsim.errors import NotGranted, RunFailed, ScenarioError
-from fedsim.files import write_atomically, write_json
+from fedsim.files import read_json, write_atomically, write_json
 from fedsim.scenario import Scenario
 
 _PACKAGES = ("fedsim-range", "flwr", "torch", "torchvision", "ray", "numpy", "dp-accounting")
+
+
+class Environment(TypedDict, total=False):
+    """What ``environment.json`` tells of the machine and the command."""
+
+    versions: dict[str, str]
+    device: str
+    cores: int | None
+    seed: int
+    engine: str
+    run_id: Annotated[int, Field(ge=0)]
+    command: str
+    repeat: str
 
 
 class RunFolder:
@@ -81,10 +95,15 @@ class RunFolder:
         return Scenario.load(self.path / "scenario.toml")
 
     @property
-    def environment(self) -> dict[str, Any]:
-        """Versions, device, seed, command, run id."""
-        environment: dict[str, Any] = json.loads((self.path / "environment.json").read_text())
-        return environment
+    def environment(self) -> Environment:
+        """Versions, device, seed, command, run id.
+
+        Raises
+        ------
+        RunFailed
+            If the file is missing or damaged.
+        """
+        return read_json(self.path / "environment.json", Environment)
 
     def event(self, name: str, **facts: Any) -> None:
         """Append one line to ``events.jsonl``."""
@@ -98,10 +117,10 @@ class RunFolder:
 
     def gather_vault(self) -> None:
         """Bring home what clients on this machine deposited under the run's id."""
-        left = seeds.home() / "vaults" / str(self.environment["run_id"])
-        if left.is_dir():
-            shutil.copytree(left, self.path / "vault", dirs_exist_ok=True)
-            shutil.rmtree(left)
+        from fedsim.audit.vault import move
+
+        if "run_id" in self.environment:
+            move(seeds.home() / "vaults" / str(self.environment["run_id"]), self.path / "vault")
 
     def sealed_paths(self) -> list[Path]:
         """What no attack may open.
@@ -117,7 +136,7 @@ def output_dir(scenario: Scenario) -> Path:
     return seeds.home() / Path(scenario.output.dir).expanduser()
 
 
-def _environment(scenario: Scenario, run_id: int, engine: str, command: str) -> dict[str, Any]:
+def _environment(scenario: Scenario, run_id: int, engine: str, command: str) -> Environment:
     versions = {"python": sys.version.split()[0]}
     for package in _PACKAGES:
         try:

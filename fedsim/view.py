@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, overload
 
+from pydantic import TypeAdapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from fedsim.errors import ScenarioError
 from fedsim.files import write_atomically
@@ -103,10 +105,9 @@ def load_view(path: Path) -> ServerView:
     ScenarioError
         If the file is not a view, or names a file outside its folder.
     """
+    facts = _facts(path)
+    name = facts.pop("sent")
     try:
-        with safe_open(path, framework="pt") as stored:
-            facts = json.loads((stored.metadata() or {})["view"])
-        name = str(facts.pop("sent"))
         if Path(name).name != name:
             raise ValueError("it points outside its own folder")
         sent = load_file(path.parent / name)
@@ -114,6 +115,27 @@ def load_view(path: Path) -> ServerView:
         return ServerView(
             **{**facts, "senders": tuple(facts["senders"])}, sent=sent, received=received
         )
+    except Exception as error:
+        raise ScenarioError("views", str(path), f"not a readable view: {error}") from error
+
+
+class _Facts(TypedDict):
+    """What a view's file says beside its tensors."""
+
+    round: int
+    senders: list[int]
+    model: str
+    kind: Literal["gradient", "weights"]
+    num_examples: int | None
+    metrics: dict[str, float]
+    sent: str
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as stored:
+            told = (stored.metadata() or {})["view"]
+        return dict(TypeAdapter(_Facts).validate_json(told, strict=True))
     except Exception as error:
         raise ScenarioError("views", str(path), f"not a readable view: {error}") from error
 
@@ -128,13 +150,14 @@ class SavedViews(Sequence[ServerView]):
         return len(self.paths)
 
     def facts(self) -> list[dict[str, Any]]:
-        """Return each view's ``label``, ``round``, ``senders``, ``num_examples``: no tensors."""
-        found = []
-        for path in self.paths:
-            with safe_open(path, framework="pt") as stored:
-                facts = json.loads((stored.metadata() or {})["view"])
-            found.append({**facts, "label": path.stem})
-        return found
+        """Return each view's ``label``, ``round``, ``senders``, ``num_examples``: no tensors.
+
+        Raises
+        ------
+        ScenarioError
+            If one of them is not a view.
+        """
+        return [{**_facts(path), "label": path.stem} for path in self.paths]
 
     @overload
     def __getitem__(self, index: int) -> ServerView: ...

@@ -4,13 +4,40 @@ import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from fedsim import registry
 from fedsim.attack import Reconstruction
 from fedsim.audit.vault import Vault
 from fedsim.errors import RunFailed
+from fedsim.files import read_json
 from fedsim.reconstructions import Facts, load, slug
+from fedsim.run_folder import Environment
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class Federation(TypedDict, total=False):
+    """What ``federation.json`` tells (:class:`fedsim.run.History` writes it)."""
+
+    clients: Count
+    rounds: Count
+    rounds_done: Count
+    seconds: float
+    round_seconds: list[float]
+    failures: list[dict[str, int | str | None]]
+    bytes_up: Count
+    bytes_down: Count
+    accuracy: dict[str, float | None]
+    receipts: list[str]
+    used: list[str]
+    channel: dict[str, Any]
+    defenses_expected: list[dict[str, Any]]
+    privacy: list[dict[str, Any]]
+    detection: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -77,21 +104,15 @@ def open_run(folder: Path) -> Run:
     return Run(
         folder=folder,
         scenario=scenario,
-        environment=_json(folder / "environment.json"),
-        federation=_json(folder / "federation.json"),
+        environment=_known(folder / "environment.json", Environment),
+        federation=_known(folder / "federation.json", Federation),
         events=_events(folder / "events.jsonl"),
         vault=Vault(folder / "vault"),
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise RunFailed(f"{path} is damaged: {error}") from error
-    return value if isinstance(value, dict) else {}
+def _known(path: Path, kind: type[Any]) -> dict[str, Any]:
+    return dict(read_json(path, kind)) if path.exists() else {}
 
 
 def _events(path: Path) -> list[dict[str, Any]]:

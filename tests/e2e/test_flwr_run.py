@@ -80,10 +80,15 @@ def test_every_scenario_runs_natively(tmp_path: Path, fedsim_home: Path) -> None
     assert len(scenarios) >= 12
     with local_superlink(flwr_home, free_port()) as environment:
         for scenario in scenarios:
-            before = set((fedsim_home / "runs").glob("*/report.json"))
+            before = reports(fedsim_home)
             printed = streamed(environment, scenario)
-            new = set((fedsim_home / "runs").glob("*/report.json")) - before
+            new = reports(fedsim_home) - before
             assert len(new) == 1, printed
             report = json.loads(new.pop().read_text())
             print(f"{scenario.stem}: {report['verdict']}")
             assert report["federation"]["engine"] == "simulation"
+
+
+def reports(home: Path) -> set[Path]:
+    """Return every run's report, `latest` not counted twice."""
+    return {path.resolve() for path in (home / "runs").glob("*/report.json")}
