@@ -16,6 +16,7 @@ import dp_accounting
 import torch
 from pydantic import Field
 
+from clients.defenses.toy import RATIO_ATTACK
 from fedsim.attack import Paper, ToyCase
 from fedsim.defense import ClientContext, Defense, Place, Privacy, Tensors, TrainingPlan
 from fedsim.registry import register
@@ -50,15 +51,7 @@ class Gaussian(Defense):
         "1e-3, 181 with 1e-4",
     )
     toy: ClassVar[ToyCase] = ToyCase(
-        scenario={
-            "threat-model": "A",
-            "attack": "linear-inversion",
-            "data.dataset": "photo-tiles",
-            "model.name": "mlp(hidden=[256])",
-            "federation.clients": 4,
-            "federation.local": "fedsgd(batch_size=1, lr=0.1)",
-            "defenses": "gaussian(std=0.1)",
-        },
+        scenario={**RATIO_ATTACK, "defenses": "gaussian(std=0.1)"},
         # Noise of the size of the whole bias gradient: what is left is noise.
         figure="leak.psnr.mean",
         low=3.0,

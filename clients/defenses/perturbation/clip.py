@@ -14,6 +14,7 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 
+from clients.defenses.toy import RATIO_ATTACK
 from fedsim.attack import Paper, ToyCase
 from fedsim.defense import ClientContext, Defense, Place, Tensors
 from fedsim.registry import register
@@ -44,15 +45,7 @@ class Clip(Defense):
         "204 of 256 images at 20 dB, as many as undefended",
     )
     toy: ClassVar[ToyCase] = ToyCase(
-        scenario={
-            "threat-model": "A",
-            "attack": "linear-inversion",
-            "data.dataset": "photo-tiles",
-            "model.name": "mlp(hidden=[256])",
-            "federation.clients": 4,
-            "federation.local": "fedsgd(batch_size=1, lr=0.1)",
-            "defenses": "clip(norm=0.5)",
-        },
+        scenario={**RATIO_ATTACK, "defenses": "clip(norm=0.5)"},
         # One factor for all cancels in the ratio: not a decibel is lost.
         figure="leak.psnr.min",
         low=100.0,

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from clients.defenses.toy import RATIO_ATTACK
 from fedsim.attack import Paper, ToyCase
 from fedsim.defense import ClientContext, Defense, Place, Tensors
 from fedsim.registry import register
@@ -50,15 +51,7 @@ class Prune(Defense):
         "91 of 256 images at 20 dB, 209 undefended (with the attack's dense variant 10 of 204)",
     )
     toy: ClassVar[ToyCase] = ToyCase(
-        scenario={
-            "threat-model": "A",
-            "attack": "linear-inversion",
-            "data.dataset": "photo-tiles",
-            "model.name": "mlp(hidden=[256])",
-            "federation.clients": 4,
-            "federation.local": "fedsgd(batch_size=1, lr=0.1)",
-            "defenses": "prune(ratio=0.9)",
-        },
+        scenario={**RATIO_ATTACK, "defenses": "prune(ratio=0.9)"},
         # The largest row keeps its brightest pixels: neither exact nor gone.
         figure="leak.psnr.mean",
         low=15.0,
