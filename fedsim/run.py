@@ -66,7 +66,8 @@ def federate(parts: Parts, grid: Grid, context: Context, folder: RunFolder) -> N
 
     with closing(_population(parts, grid, history.ledger, folder)) as population:
         behind = parts.channel.grid(population, context, scenario.federation.timeout)
-        accuracy = _train(parts, role, population, behind, on_round)
+        accuracy = _train(parts, role, population, behind, on_round, called="federation")
+    history.seconds = time.perf_counter() - history.started
     if scenario.audit.baseline:
         accuracy["baseline_after"] = _baseline(parts, grid, folder)
     folder.write("federation.json", history.facts(accuracy))
@@ -104,11 +105,13 @@ def _train(
     population: Population,
     grid: Grid,
     on_round: Callable[[int, float], None],
+    *,
+    called: str,
 ) -> dict[str, float | None]:
     """Run the rounds; return accuracy on the hold-out before and after."""
     scenario = parts.scenario
     rounds = scenario.federation.rounds
-    progress = Progress("federation", "rounds")
+    progress = Progress(called, "rounds")
 
     def after_round(server_round: int, seconds: float) -> None:
         on_round(server_round, seconds)
@@ -157,7 +160,8 @@ def _baseline(parts: Parts, grid: Grid, folder: RunFolder) -> float | None:
     honest = Applied(inner, lr, message_type="train.baseline")
     folder.event("baseline")
     with closing(_population(parts, grid, Ledger(), folder)) as population:
-        return _train(parts, honest, population, population, lambda *_: None)["after"]
+        measured = _train(parts, honest, population, population, lambda *_: None, called="baseline")
+    return measured["after"]
 
 
 def accuracy(parts: Parts, arrays: ArrayRecord, split: Split) -> float | None:
@@ -180,7 +184,8 @@ def accuracy(parts: Parts, arrays: ArrayRecord, split: Split) -> float | None:
 class History:
     """What ``federation.json`` tells, as it happens.
 
-    ``knowledge`` is a manipulator's, whose uses while it crafts are grants used.
+    ``knowledge`` is a manipulator's, whose uses while it crafts are grants used; ``seconds`` are
+    those of a federation that is done, without its baseline.
     """
 
     parts: Parts
@@ -188,6 +193,7 @@ class History:
     receipts: list[str]
     knowledge: Knowledge | None
     started: float = field(default_factory=time.perf_counter)
+    seconds: float | None = None
 
     @cached_property
     def privacy(self) -> list[dict[str, Any]]:
@@ -210,7 +216,7 @@ class History:
             "clients": federation.clients,
             "rounds": federation.rounds,
             "rounds_done": len(ledger.round_seconds),
-            "seconds": time.perf_counter() - self.started,
+            "seconds": self.seconds or time.perf_counter() - self.started,
             "round_seconds": ledger.round_seconds,
             "failures": ledger.failures,
             "bytes_up": ledger.bytes_up,

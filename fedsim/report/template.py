@@ -174,7 +174,8 @@ images</caption>
 </div>
 {% if leak.floor %}
 <p>The guess is an attacker who never looks at the updates and makes as many guesses as the \
-attack made. Best of three, here: <strong>{{ leak.floor.guess }}</strong>. \
+attack made. Of three, the one that leaks most by this run's criterion stands for it: \
+<strong>{{ leak.floor.guess }}</strong>. \
 {% for guess in leak.floor.guesses %}{{ guess.name | capitalize }}: mean PSNR \
 {{ guess.psnr | decibel }}, {{ guess.leak_rate | share }} leaked. {% endfor %}</p>
 {% else %}<p class="alarm">No guess to compare with: {{ leak.floor_reason }}.</p>{% endif %}

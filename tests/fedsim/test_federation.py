@@ -1,5 +1,6 @@
 """Any Flower strategy can be inside, and the federation is the arithmetic it says it is."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,18 @@ def test_the_baseline_is_the_run_without_defenses(tmp_path: Path) -> None:
     assert after["baseline_after"] == honest.federation["accuracy"]["after"]
     assert after["after"] < after["baseline_after"]
     assert honest.federation["accuracy"]["baseline_after"] == after["baseline_after"]
+
+
+def test_the_baseline_is_no_part_of_what_the_federation_took(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = federated(tmp_path, {"audit.baseline": True, "defenses": "clip(norm=0.1)"})
+    lines = (ran.folder.path / "events.jsonl").read_text().splitlines()
+    at = {event["event"]: event["time"] for event in map(json.loads, lines)}
+    assert ran.federation["seconds"] <= at["baseline"] - at["started"] + 0.01
+    printed = capsys.readouterr().out
+    assert "federation 1/1 rounds" in printed
+    assert "baseline 1/1 rounds" in printed
 
 
 def test_a_server_may_not_ask_for_a_baseline_that_the_scenario_has_not(
