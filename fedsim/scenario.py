@@ -48,8 +48,11 @@ class FederationTable(_Table):
     precision: Literal["float32", "float64"] = Field(
         "float32", description="Floating-point type of models, training and uploads."
     )
-    threads: int = Field(
-        0, ge=0, description="CPU threads a client trains with; 0 is all cores of its machine."
+    threads: int = Field(  # at most, whatever machine a client is on: tens of thousands crash it
+        0,
+        ge=0,
+        le=1024,
+        description="CPU threads a client trains with; 0 is all cores of its machine.",
     )
 
 

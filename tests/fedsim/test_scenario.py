@@ -114,6 +114,11 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "federation.clients",
         "of at least 1, for instance 4",
     ),
+    "threads that would crash the process": (
+        {"federation.threads": 100_000},
+        "federation.threads",
+        "write a whole number of at least 0 and at most 1024, for instance 0",
+    ),
     "no rounds": ({"federation.rounds": 0}, "federation.rounds", "of at least 1, for instance 1"),
     "negative seed": ({"seed": -1}, "seed", "of at least 0, for instance 7"),
     "too large a share": (
