@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import fedsim
@@ -31,6 +32,7 @@ QUIET = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
+_EXTRA = ("ray", "psutil")  # packages of the extra `simulation`
 _START_SECONDS = 120.0
 
 
@@ -48,6 +50,19 @@ def app_folder() -> Path:
     return root
 
 
+def check_installed() -> None:
+    """Refuse this engine where its packages are not installed.
+
+    Raises
+    ------
+    ScenarioError
+        Naming the engine, the package, and how to get it.
+    """
+    if missing := [name for name in _EXTRA if find_spec(name) is None]:
+        remedy = f"needs {' and '.join(missing)}, not installed here; in FedSim's folder: "
+        raise ScenarioError("--engine", "simulation", f"{remedy}pip install -e '.[simulation]'")
+
+
 def run_simulation(scenario: Scenario, command: str) -> Path:
     """Check and run a scenario with ``flwr run``; return the path of ``report.html``.
 
@@ -58,9 +73,10 @@ def run_simulation(scenario: Scenario, command: str) -> Path:
     RunFailed
         When Flower says that the run failed.
     """
+    check_installed()
+    app = app_folder()
     check_writable(output_dir(scenario))
     check(Parts(scenario))
-    app = app_folder()
     with superlink(command) as link:
         file = link.folder / "scenario.toml"
         file.write_text(scenario.to_toml())
