@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 from flwr.app import Array, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -50,8 +50,9 @@ class Ledger:
 class Population(GridWrapper):
     """A ``Grid`` whose nodes are the scenario's clients.
 
-    Replies come back in order of clients, their arrays on disk until :meth:`close`; a client that
-    failed, or did not answer in time, is noted in the ledger and left out.
+    Replies come back in order of clients, their arrays on disk until :meth:`forget_round`, in a
+    file of ``folder`` that has no name; a client that failed, or did not answer in time, is noted
+    in the ledger and left out.
     """
 
     def __init__(
@@ -61,8 +62,8 @@ class Population(GridWrapper):
         self.clients, self.ledger, self.timeout = clients, ledger, timeout
         self.hosts: dict[int, int] = {}  # partition-id -> SuperNode
         self.partitions = 0
-        self._spool = tempfile.TemporaryDirectory(prefix=".spool-", dir=folder)
-        self._spooled: list[Path] = []
+        self.folder = folder
+        self._spool: IO[bytes] | None = None
         self._replies: dict[str, Message] = {}
 
     # -- who is there --------------------------------------------------------------------------
@@ -167,19 +168,22 @@ class Population(GridWrapper):
         content = reply.content
         self.ledger.bytes_up += _bytes(content)
         for name in list(content.array_records):
-            path = Path(self._spool.name) / f"{self.ledger.round}-{client}-{len(self._spooled)}"
-            self._spooled.append(path)
-            content[name] = spooled(content.array_records[name], path)
+            if self._spool is None:
+                # Without a name, so that nothing stays behind when the process is killed: in a
+                # baseline these are undefended uploads.
+                self._spool = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - see close
+            content[name] = spooled(content.array_records[name], self._spool)
         return Message(content, reply_to=asked)
 
     def forget_round(self) -> None:
         """Delete the arrays of replies that have been aggregated."""
-        while self._spooled:
-            self._spooled.pop().unlink(missing_ok=True)
+        if self._spool is not None:
+            self._spool.close()
+            self._spool = None
 
     def close(self) -> None:
         """Delete what is left on disk."""
-        self._spool.cleanup()
+        self.forget_round()
 
     # -- sending in two steps ------------------------------------------------------------------
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:

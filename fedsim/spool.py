@@ -4,7 +4,8 @@ A round of 500 clients then costs the memory of one model, whatever Flower strat
 """
 
 from collections.abc import Callable
-from pathlib import Path
+from io import SEEK_END, BytesIO
+from typing import IO
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
@@ -40,28 +41,28 @@ def lazily(array: Array, change: Callable[[NDArray[np.generic]], NDArray[np.gene
     return LazyArray(array.dtype, tuple(array.shape), lambda: change(array.numpy()))
 
 
-def spooled(arrays: ArrayRecord, path: Path) -> ArrayRecord:
-    """Move the bytes of a record into one file and return a record that reads them back.
+def spooled(arrays: ArrayRecord, file: IO[bytes]) -> ArrayRecord:
+    """Move the bytes of a record to a file's end and return a record that reads them back.
 
     Raises
     ------
     OSError
         If the disk is full.
     """
-    record, offset = ArrayRecord(), 0
-    with path.open("wb") as file:
-        for name, array in arrays.items():
-            size = file.write(array.data)
-            record[name] = LazyArray(array.dtype, tuple(array.shape), _reader(path, offset))
-            offset += size
+    record, offset = ArrayRecord(), file.seek(0, SEEK_END)
+    for name, array in arrays.items():
+        size = file.write(array.data)
+        record[name] = LazyArray(array.dtype, tuple(array.shape), _reader(file, offset, size))
+        offset += size
+    file.flush()
     return record
 
 
-def _reader(path: Path, start: int) -> Callable[[], NDArray[np.generic]]:
+def _reader(file: IO[bytes], start: int, size: int) -> Callable[[], NDArray[np.generic]]:
     def load() -> NDArray[np.generic]:
-        with path.open("rb") as file:
-            file.seek(start)
-            values: NDArray[np.generic] = np.load(file, allow_pickle=False)
-            return values
+        file.seek(start)
+        # Just these bytes: an array cut short must not go on in the next client's.
+        values: NDArray[np.generic] = np.load(BytesIO(file.read(size)), allow_pickle=False)
+        return values
 
     return load

@@ -188,7 +188,7 @@ def test_an_interrupted_attack_is_no_cheat(tmp_path: Path, monkeypatch: pytest.M
             run_inline(scenario(tmp_path / name, {"attack": name}), "a test")
         folder = latest(tmp_path / name).path
         assert '"interrupted"' in (folder / "events.jsonl").read_text()
-        assert not list(folder.glob(".spool-*"))
+        assert not list(folder.glob(".*"))
         assert not [thread for thread in threading.enumerate() if thread.name == "sealed"]
 
 

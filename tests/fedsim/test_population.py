@@ -1,5 +1,6 @@
 """Clients are logical: any number of SuperNodes hosts them, and each keeps its own."""
 
+import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -140,15 +141,37 @@ def test_bytes_are_counted_both_ways(tmp_path: Path) -> None:
 def test_replies_lie_on_disk_until_the_round_is_over(tmp_path: Path) -> None:
     clientele = population(Machines({5: 0}), 3, tmp_path)
     replies = list(clientele.send_and_receive(to(clientele.get_node_ids())))
-    (spool,) = tmp_path.iterdir()
-    assert len(list(spool.iterdir())) == 3
+    size = len(Array(np.zeros((2, 3), dtype=np.float32)).data)
+    assert clientele._spool is not None
+    assert os.fstat(clientele._spool.fileno()).st_size == 3 * size
+    assert not list(tmp_path.iterdir())  # whoever kills the process leaves no upload behind
     array = replies[2].content.array_records["arrays"]["weight"]
     assert array.numpy().tolist() == [[2.0] * 3] * 2
-    assert len(array.data) == len(Array(np.zeros((2, 3), dtype=np.float32)).data)
+    assert len(array.data) == size
     clientele.forget_round()
-    assert not list(spool.iterdir())
+    with pytest.raises(ValueError, match="closed file"):
+        array.numpy()
+    list(clientele.send_and_receive(to(clientele.get_node_ids())))
     clientele.close()
-    assert not list(tmp_path.iterdir())
+    assert clientele._spool is None
+
+
+def test_an_array_cut_short_does_not_go_on_in_the_next_client_s(tmp_path: Path) -> None:
+    class Cut(Machines):
+        def _answer(self, message: Message) -> Message:
+            reply = super()._answer(message)
+            for arrays in reply.content.array_records.values():
+                whole = arrays["weight"]
+                short = whole.data[:-4] if self._client(message) == 0 else whole.data
+                arrays["weight"] = Array(whole.dtype, whole.shape, whole.stype, short)
+            return reply
+
+    clientele = population(Cut({5: 0}), 2, tmp_path)
+    cut, whole = clientele.send_and_receive(to(clientele.get_node_ids()))
+    with pytest.raises(ValueError, match=r"EOF|cannot reshape"):
+        cut.content.array_records["arrays"]["weight"].numpy()
+    assert whole.content.array_records["arrays"]["weight"].numpy().tolist() == [[1.0] * 3] * 2
+    clientele.close()
 
 
 def test_clients_of_a_machine_that_is_away_are_left_out(tmp_path: Path) -> None:
