@@ -33,6 +33,13 @@ class FedSGD(Local):
 
     kind = "gradient"
 
+    def check(self, most: int) -> None:
+        """Refuse a batch that no client can fill; one that holds less uploads what it has."""
+        if self.batch_size > most:
+            raise ValueError(
+                f"no client holds {self.batch_size} examples; let batch_size be at most {most}"
+            )
+
     def plan(self, examples: int, rounds: int) -> TrainingPlan:
         """One step a round."""
         return TrainingPlan(self.kind, self.lr, self.batch_size, examples, 1, rounds)

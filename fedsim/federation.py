@@ -7,11 +7,12 @@ strategy expects: full weights), and the Flower strategy itself.
 
 import copy
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from logging import WARNING
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -20,6 +21,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower_strategies
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
+from pydantic import Field
 
 from fedsim import registry, seeds
 from fedsim.data import DataSpec
@@ -28,12 +30,29 @@ from fedsim.models import build_model, is_buffer, uploaded_names
 from fedsim.population import Ledger, Population, client_of
 from fedsim.spool import lazily
 
-#: Parameters of Flower strategies that the range sets itself.
+#: Parameters of Flower strategies that no scenario may set: the range does, or nobody reads them.
 OURS = {
     "fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes",
     "min_available_nodes", "weighted_by_key", "arrayrecord_key", "configrecord_key",
-    "train_metrics_aggr_fn", "evaluate_metrics_aggr_fn", "selection_rule",
+    "train_metrics_aggr_fn", "evaluate_metrics_aggr_fn", "selection_rule", "eta_l",
 }  # fmt: skip
+_INSTEAD = {
+    "eta_l": "Flower keeps it and never reads it; leave it out: clients train with the lr of "
+    "federation.local"
+}
+_Above = Annotated[float, Field(gt=0)]
+_Share = Annotated[float, Field(ge=0, lt=1)]
+# Flower checks none of these, and beyond them a strategy does nothing, or divides by zero.
+_LIMITS = {
+    "eta": _Above,
+    "tau": _Above,
+    "beta_1": _Share,
+    "beta_2": _Share,
+    "server_learning_rate": _Above,
+    "server_momentum": _Share,
+    "num_malicious_nodes": Annotated[int, Field(ge=0)],
+    "num_nodes_to_select": Annotated[int, Field(ge=1)],
+}
 
 
 def inner_strategies() -> dict[str, type[Strategy]]:
@@ -62,9 +81,10 @@ def build_strategy(expression: str, fraction: float) -> Strategy:
         raise ScenarioError(key, expression, remedy)
     strategy: Any = known[found[0].name]
     if taken := sorted(OURS & found[0].arguments.keys()):
-        remedy = "the range sets this itself (federation.fraction says who trains)"
+        ours = "the range sets this itself (federation.fraction says who trains)"
+        remedy = _INSTEAD.get(taken[0], ours)
         raise ScenarioError(f"{key}: {taken[0]}", found[0].arguments[taken[0]], remedy)
-    arguments = registry.check_arguments(strategy, found[0], key, ours=OURS)
+    arguments = registry.check_arguments(strategy, found[0], key, ours=OURS, limits=_LIMITS)
     try:
         with _no_warnings():
             built: Strategy = strategy(
@@ -109,11 +129,39 @@ def unfit_strategy(strategy: Strategy, kind: str, cohort: int, aggregates: bool)
             )
         if strategy.proximal_mu <= 0:
             return "it is FedAvg unless proximal_mu is above 0; write fedprox(proximal_mu=0.1)"
+    if isinstance(strategy, flower_strategies.FedAvgM) and not strategy.server_opt:
+        return (
+            "it is FedAvg unless server_momentum is above 0 or server_learning_rate is not 1; "
+            "write fedavgm(server_momentum=0.9)"
+        )
+    return _too_few(strategy, cohort)
+
+
+def _too_few(strategy: Strategy, cohort: int) -> str | None:
+    """Say why a strategy that chooses among uploads cannot do so among this many."""
+    if isinstance(strategy, flower_strategies.FedTrimmedAvg) and int(strategy.beta * cohort) < 1:
+        if cohort < 3:
+            return f"it trims both ends, and needs 3 uploads a round, not {cohort}"
+        return f"of {cohort} uploads it trims none; let beta be at least {least_share(cohort)}"
     if isinstance(strategy, flower_strategies.Bulyan):
         least = 4 * strategy.num_malicious_nodes + 3
         if cohort < least:
             return f"it needs {least} uploads a round (4 num_malicious_nodes + 3), not {cohort}"
+    if isinstance(strategy, flower_strategies.MultiKrum):  # Blanchard et al. 2017: 2f + 2 < n
+        malicious, chosen = strategy.num_malicious_nodes, strategy.num_nodes_to_select
+        if cohort < 2 * malicious + 3:
+            needed = f"{2 * malicious + 3} uploads a round (2 num_malicious_nodes + 3)"
+            return f"it needs {needed}, not {cohort}; lower it, or use more clients"
+        if chosen > (most := cohort - max(malicious, 1)):
+            why = "is averaging all" if chosen >= cohort else "takes in a malicious one"
+            remedy = f"let num_nodes_to_select be at most {most}"
+            return f"choosing {chosen} of {cohort} uploads {why}; {remedy}"
     return None
+
+
+def least_share(count: int) -> float:
+    """Return a share of so many that is at least one of them, the least of four decimals."""
+    return math.ceil(10_000 / count) / 10_000
 
 
 class Wrapper(Strategy):

@@ -63,6 +63,9 @@ class Local(ABC):
     def plan(self, examples: int, rounds: int) -> TrainingPlan:
         """Say what this rule will do with so many examples."""
 
+    def check(self, most: int) -> None:  # noqa: B027 - most rules take what there is
+        """Refuse what no client can do (``ValueError``), if ``most`` is what any of them holds."""
+
     @abstractmethod
     def train(
         self,

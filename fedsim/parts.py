@@ -15,7 +15,7 @@ from fedsim.channel import Channel
 from fedsim.data import DataSet, DataSpec, load_dataset, partition
 from fedsim.defense import Defense, TrainingPlan, guarantees
 from fedsim.errors import ScenarioError
-from fedsim.federation import build_strategy, unfit_strategy
+from fedsim.federation import build_strategy, least_share, unfit_strategy
 from fedsim.local import Local
 from fedsim.models import initial_model, is_buffer, travelling
 from fedsim.scenario import Scenario
@@ -122,7 +122,7 @@ def check(parts: Parts) -> None:
     scenario = parts.scenario
     if scenario.federation.device == "cuda" and not torch.cuda.is_available():
         raise ScenarioError("federation.device", "cuda", "no CUDA device here; 'auto' or 'cpu'")
-    _check_criterion(scenario.audit.criterion)
+    _check_audit(parts)
     _check_adversary(parts)
     _check_order(parts.defenses, scenario.defenses)
     _check_federation(parts)
@@ -140,9 +140,17 @@ def check(parts: Parts) -> None:
 
 
 def _check_statistics(parts: Parts, model: nn.Module) -> None:
-    """Refuse a formal guarantee where BatchNorm's statistics are uploaded as they are."""
+    """Refuse a policy for statistics that there are not, or that voids a formal guarantee."""
     policy = parts.scenario.model.batchnorm
-    if policy != "shared" or not any(is_buffer(name) for name in travelling(model)):
+    if policy == "frozen":
+        return
+    if not any(is_buffer(name) for name in travelling(model)):
+        # Without BatchNorm, what the policy still decides is whether dropout is on.
+        if any(isinstance(layer, nn.modules.dropout._DropoutNd) for layer in model.modules()):
+            return
+        remedy = f"{parts.scenario.model.name} has no BatchNorm; write 'frozen', or use a model "
+        raise ScenarioError("model.batchnorm", policy, f"{remedy}that has it (resnet20)")
+    if policy == "private":
         return
     plan = parts.local.plan(len(parts.partitions[0]), parts.scenario.federation.rounds)
     if promising := sorted(guarantees(parts.defenses, plan)):
@@ -156,11 +164,16 @@ def _check_federation(parts: Parts) -> None:
     cohort = int(federation.clients * federation.fraction)  # as Flower's strategies count
     if cohort < 1:
         remedy = f"of {federation.clients} clients none would train; at least "
-        remedy += f"{1 / federation.clients:.3g}"
+        remedy += f"{least_share(federation.clients)}"
         raise ScenarioError("federation.fraction", federation.fraction, remedy)
     strategy = build_strategy(federation.strategy, federation.fraction)
     if reason := unfit_strategy(strategy, parts.local.kind, cohort, channel.aggregates):
         raise ScenarioError("federation.strategy", federation.strategy, reason)
+    most = max(map(len, parts.partitions))
+    try:
+        parts.local.check(most)
+    except ValueError as error:
+        raise ScenarioError("federation.local", federation.local, str(error)) from error
     plans = [parts.local.plan(len(own), federation.rounds) for own in parts.partitions]
     try:
         channel.check(cohort, max(map(_weight, plans)))
@@ -209,11 +222,15 @@ def _check_order(defenses: tuple[Defense, ...], text: str) -> None:
         raise ScenarioError("defenses", text, f"{min(twice)} stands there twice")
 
 
-def _check_criterion(text: str) -> None:
-    """Check the criterion's grammar."""
+def _check_audit(parts: Parts) -> None:
+    """Check the criterion's grammar, and that a baseline would differ from the run."""
     from fedsim.audit.criterion import parse_criterion
 
-    parse_criterion(text)
+    parse_criterion(parts.scenario.audit.criterion)
+    plain = parts.channel.name == Scenario.model_fields["channel"].default
+    if parts.scenario.audit.baseline and parts.attack is None and not parts.defenses and plain:
+        remedy = "without attack, defense and channel the run is its own baseline; write false"
+        raise ScenarioError("audit.baseline", True, remedy)
 
 
 def check_writable(folder: Path) -> None:

@@ -21,7 +21,7 @@ import inspect
 import pkgutil
 import sys
 import typing
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeVar
@@ -224,15 +224,18 @@ def check_arguments(
     *,
     skip: int = 0,
     ours: Collection[str] = (),
+    limits: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Check an expression's arguments against a callable's signature and annotations.
 
     The first ``skip`` parameters, and those in ``ours``, are the range's own: not for scenarios.
+    ``limits`` are annotations that say more than the callable's own.
     """
     parameters = {n: p for n, p in settable(component, skip).items() if n not in ours}
     hints = typing.get_type_hints(
         component.__init__ if inspect.isclass(component) else component, include_extras=True
     )
+    hints.update(limits or {})
     checked: dict[str, Any] = {}
     for name, value in expression.arguments.items():
         where = f"{key}: {expression.name}({name})"

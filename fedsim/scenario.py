@@ -94,6 +94,7 @@ class OutputTable(_Table):
 
     dir: str = Field(
         "runs",
+        min_length=1,
         description="Relative: to the caller's folder for `fedsim`, to `$FEDSIM_HOME` (default "
         "`~/fedsim`) for plain `flwr run`.",
     )
@@ -112,7 +113,7 @@ class Scenario(_Table):
     )
     defenses: str = Field("none", description="Defense expressions, joined by ` | `.")
     channel: str = Field("plain", description="What reaches the server: `plain`, `secagg(...)`.")
-    seed: int = Field(7, ge=0, description="The public seed.")
+    seed: int = Field(7, ge=0, le=2**63 - 1, description="The public seed.")
     federation: FederationTable = FederationTable.model_construct()
     data: DataTable = DataTable.model_construct()
     model: ModelTable = ModelTable.model_construct()

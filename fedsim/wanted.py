@@ -75,6 +75,7 @@ def in_words(schema: Mapping[str, Any], *, toml: bool = False) -> str:
     if kind in ("integer", "number"):
         return _number(schema)
     flags, text = ("true or false", "text") if toml else ("True or False", "text in quotes")
+    text += ", not empty" if schema.get("minLength") else ""
     return {"boolean": flags, "string": text, "null": "None"}.get(kind, "")
 
 
@@ -87,10 +88,14 @@ def _choices(schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _number(schema: Mapping[str, Any]) -> str:
-    limits = [f"{words} {schema[key]:.15g}" for key, words in _LIMITS.items() if key in schema]
+    limits = [f"{words} {_written(schema[key])}" for key, words in _LIMITS.items() if key in schema]
     finite = "a number" if len(limits) == 2 else "a finite number"
     kind = "a whole number" if schema["type"] == "integer" else finite
     return " ".join([kind, " and ".join(limits)]) if limits else kind
+
+
+def _written(limit: float) -> str:
+    return str(limit) if isinstance(limit, int) else f"{limit:.15g}"
 
 
 def example(schema: Mapping[str, Any]) -> object:

@@ -120,7 +120,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "write a whole number of at least 0 and at most 1024, for instance 0",
     ),
     "no rounds": ({"federation.rounds": 0}, "federation.rounds", "of at least 1, for instance 1"),
-    "negative seed": ({"seed": -1}, "seed", "of at least 0, for instance 7"),
+    "negative seed": ({"seed": -1}, "seed", "of at least 0 and at most"),
     "too large a share": (
         {"federation.fraction": 1.5},
         "federation.fraction",
@@ -166,7 +166,85 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "strategy's argument unknown": (
         {"federation.strategy": "fedadam(eta_g=0.1)"},
         "federation.strategy: fedadam(eta_g)",
-        "did you mean 'eta_l'? there is: eta, eta_l, beta_1, beta_2, tau",
+        "did you mean 'eta'? there is: eta, beta_1, beta_2, tau",
+    ),
+    "strategy's argument that Flower never reads": (
+        {"federation.strategy": "fedadam(eta_l=0.5)"},
+        "federation.strategy: eta_l",
+        "Flower keeps it and never reads it; leave it out: clients train with the lr of "
+        "federation.local",
+    ),
+    "strategy's argument out of range": (
+        {"federation.strategy": "fedyogi(tau=0.0)"},
+        "federation.strategy: fedyogi(tau)",
+        "write a finite number above 0, for instance 0.001",
+    ),
+    "momentum that Flower would ignore": (
+        {"federation.strategy": "fedavgm(server_momentum=-0.5)"},
+        "federation.strategy: fedavgm(server_momentum)",
+        "of at least 0 and below 1",
+    ),
+    "momentum that is none": (
+        {"federation.strategy": "fedavgm"},
+        "federation.strategy",
+        "write fedavgm(server_momentum=0.9)",
+    ),
+    "trimming nobody": (
+        {"federation.strategy": "fedtrimmedavg"},
+        "federation.strategy",
+        "of 4 uploads it trims none; let beta be at least 0.25",
+    ),
+    "trimming two": (
+        {"federation.strategy": "fedtrimmedavg", "federation.clients": 2},
+        "federation.strategy",
+        "needs 3 uploads a round, not 2",
+    ),
+    "too few for Krum": (
+        {"federation.strategy": "krum(num_malicious_nodes=50)"},
+        "federation.strategy",
+        "needs 103 uploads a round (2 num_malicious_nodes + 3), not 4",
+    ),
+    "fewer than nobody for Krum": (
+        {"federation.strategy": "krum(num_malicious_nodes=-1)"},
+        "federation.strategy: krum(num_malicious_nodes)",
+        "of at least 0",
+    ),
+    "MultiKrum of more than there are": (
+        {
+            "federation.strategy": "multikrum(num_malicious_nodes=1, num_nodes_to_select=99)",
+            "federation.clients": 6,
+        },
+        "federation.strategy",
+        "choosing 99 of 6 uploads is averaging all; let num_nodes_to_select be at most 5",
+    ),
+    "MultiKrum with a malicious upload": (
+        {
+            "federation.strategy": "multikrum(num_malicious_nodes=2, num_nodes_to_select=6)",
+            "federation.clients": 7,
+        },
+        "federation.strategy",
+        "takes in a malicious one; let num_nodes_to_select be at most 5",
+    ),
+    "batch that no client can fill": (
+        {"federation.local": "fedsgd(batch_size=1000)", "federation.clients": 10},
+        "federation.local",
+        "no client holds 1000 examples; let batch_size be at most 145",
+    ),
+    "policy for statistics that there are not": (
+        {"model.batchnorm": "private"},
+        "model.batchnorm",
+        "mlp(hidden=[8]) has no BatchNorm; write 'frozen', or use a model that has it",
+    ),
+    "baseline of nothing": (
+        {"audit.baseline": True},
+        "audit.baseline",
+        "the run is its own baseline; write false",
+    ),
+    "no output folder": ({"output.dir": ""}, "output.dir", "write text, not empty, for instance"),
+    "seed beyond 64 bits": (
+        {"seed": 2**63},
+        "seed",
+        "of at least 0 and at most 9223372036854775807, for instance 7",
     ),
     "strategy's argument is the range's": (
         {"federation.strategy": "fedavg(fraction_train=0.5)"},
