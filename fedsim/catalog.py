@@ -3,14 +3,15 @@
 import inspect
 import tomllib
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import fedsim
 from fedsim import federation, registry, wanted
-from fedsim.attack import Attack
+from fedsim.attack import Attack, Paper
 from fedsim.data.partition import OURS, partitioners
 from fedsim.errors import ScenarioError
 from fedsim.threat import NAMES, least_model
@@ -24,23 +25,73 @@ _FLOWERS = {
 }
 
 
-def lines(what: str) -> Iterator[str]:
-    """Yield one line for each thing of a kind (plural, as on the command line)."""
-    kind = "strategy" if what == "strategies" else what.removesuffix("s")
+@dataclass(frozen=True)
+class Entry:
+    """One thing that is listed; ``letter``, ``family`` and ``paper`` where it has them."""
+
+    name: str
+    what: str
+    letter: str = ""
+    family: str = ""
+    paper: str = ""
+
+    def __str__(self) -> str:
+        columns = [f"{self.name:34}", self.letter, f"{self.family:22}" if self.family else ""]
+        return "  ".join([*filter(None, columns), self.what]) + (self.paper and f" {self.paper}")
+
+    def matches(self, word: str) -> bool:
+        """Say whether this is of the threat model that a word names, or else contains the word."""
+        if word in NAMES and self.letter:
+            return word == self.letter
+        return word.lower() in str(self).lower()
+
+
+def entries(what: str, words: Collection[str] = ()) -> list[Entry]:
+    """Return what there is of a kind (plural, as on the command line), and fits all the words.
+
+    Parameters
+    ----------
+    what : str
+        For instance ``"attacks"``.
+    words : collection of str
+        Letters of threat models, families or parts of them (``analytic``), or other text.
+    """
+    found = list(_entries("strategy" if what == "strategies" else what.removesuffix("s")))
+    for word in words:
+        families = [one for one in found if word.lower() in one.family.split("/")]
+        found = families or [one for one in found if one.matches(word)]
+    return found
+
+
+def _entries(kind: str) -> Iterator[Entry]:
     if kind == "scenario":
         for path in sorted(scenario_folder().rglob("*.toml")):
             content = tomllib.loads(path.read_text())
-            letter = content.get("threat-model", "B")
-            yield f"{path.relative_to(scenario_folder())!s:40} {letter}  {content['title']}"
+            name = str(path.relative_to(scenario_folder()))
+            yield Entry(name, content["title"], content.get("threat-model", "B"))
     elif kind in _FLOWERS:
         for name, component in sorted(_flowers()[kind].items()):
-            yield f"{name:28} {first_line(component)}"
+            yield Entry(name, first_line(component))
     else:
         for name, component in registry.components(kind).items():
+            paper, family = getattr(component, "paper", None), _family(kind, component)
+            told, letter = first_line(component), ""
             if kind == "attack":  # the file's first line names the method and its idea
-                yield f"{name:28} {_letter(component)}  {first_line(inspect.getmodule(component))}"
-            else:
-                yield f"{name:28} {first_line(component)}"
+                told, letter = first_line(inspect.getmodule(component)), _letter(component)
+            yield Entry(name, told, letter, family, f"[{_cited(paper)}]" if paper else "")
+
+
+def _family(kind: str, component: Callable[..., Any]) -> str:
+    """Return a method's family, from where its file lies: ``analytic/isolation``."""
+    inside = component.__module__.partition(f".{kind}s.")[2]
+    return inside.rpartition(".")[0].replace(".", "/")
+
+
+def _cited(paper: Paper) -> str:
+    """Return authors, venue and year, short: ``Fowl et al., ICLR 2022``."""
+    names = [name.split()[-1] for name in paper.authors.split(", ")]
+    authors = ", ".join(names) if len(names) <= 3 else f"{names[0]} et al."
+    return f"{authors}, {paper.venue} {paper.year}"
 
 
 def scenario_folder() -> Path:
@@ -91,6 +142,8 @@ def _explanation(kind: str, name: str, component: Callable[..., Any]) -> Iterato
     yield ""
     if paper := getattr(component, "paper", None):
         yield f"paper      {paper.authors}: {paper.title}. {paper.venue} {paper.year}"
+    if family := _family(kind, component):
+        yield f"family     {family}"
     if kind == "attack":
         letter = _letter(component)
         needs = ", ".join(sorted(need.value for need in component.needs))  # type: ignore[attr-defined]

@@ -140,14 +140,16 @@ class Listed(StrEnum):
 @app.command("list")
 def list_(
     what: Annotated[Listed, typer.Argument(help="What to list.")],
-    containing: Annotated[str, typer.Argument(help="Only lines that contain this.")] = "",
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(help="Only of this family (analytic), threat model (G), or with this text."),
+    ] = None,
 ) -> None:
-    """List what there is: name, threat model where it has one, and what it is."""
+    """List what there is: name, least threat model, family, what it is, and paper."""
     from fedsim import catalog
 
-    for line in catalog.lines(what.value):
-        if containing.lower() in line.lower():
-            print(line)
+    for entry in catalog.entries(what.value, words or []):
+        print(entry)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedsim import cli
+from fedsim import cli, registry
 from fedsim.reconstructions import slug
 from fedsim.run_folder import RunFolder
 from fedsim.scenario import Scenario
@@ -98,6 +99,42 @@ def test_list_names_methods_and_filters_them(fedsim: Fedsim) -> None:
     some = fedsim("list", "attacks", "LINEAR-inversion").out.splitlines()
     assert some
     assert set(some) < set(every)
+
+
+def names(said: Said) -> set[str]:
+    return {line.split()[0] for line in said.out.splitlines()}
+
+
+@pytest.mark.parametrize("what", ["attacks", "defenses"])
+def test_every_method_is_listed_with_its_family_and_its_paper(what: str, fedsim: Fedsim) -> None:
+    """The family is where its file lies; the paper's authors may be cut to the first."""
+    kind = what.removesuffix("s")
+    for line in fedsim("list", what).out.splitlines():
+        method: Any = registry.components(kind)[line.split()[0]]
+        family = "/".join(method.__module__.split(".")[2:-1])
+        assert f"  {family} " in line
+        first = method.paper.authors.split(", ")[0].split()[-1]
+        assert re.search(rf" \[{first}.*, {method.paper.venue} {method.paper.year}\]$", line)
+        assert f"\nfamily     {family}\n" in fedsim("explain", method.name).out
+
+
+def test_methods_are_filtered_by_family_and_threat_model(fedsim: Fedsim) -> None:
+    every = {
+        line.split()[0]: line.split()[1:3] for line in fedsim("list", "attacks").out.splitlines()
+    }
+    analytic = {name for name, (_, family) in every.items() if family.startswith("analytic/")}
+    manipulating = {name for name, (letter, _) in every.items() if letter == "G"}
+    assert "linear-inversion" in analytic - manipulating
+    assert "robbing-the-fed" in analytic & manipulating
+    assert names(fedsim("list", "attacks", "analytic")) == analytic < every.keys()
+    assert names(fedsim("list", "attacks", "G")) == manipulating < every.keys()
+    assert names(fedsim("list", "attacks", "G", "analytic")) == analytic & manipulating
+    assert "robbing-the-fed" in names(fedsim("list", "attacks", "analytic/isolation"))
+    assert "gaussian" in names(fedsim("list", "defenses", "formal"))
+    assert "clip" not in names(fedsim("list", "defenses", "formal"))
+    assert "clip" in names(fedsim("list", "defenses", "A"))  # which have no threat model: text
+    assert "quickstart.toml" in names(fedsim("list", "scenarios", "G"))
+    assert "honest.toml" not in names(fedsim("list", "scenarios", "G"))
 
 
 @pytest.mark.parametrize("what", [what.value for what in cli.Listed])
