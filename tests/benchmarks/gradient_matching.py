@@ -27,7 +27,7 @@ from strategies.attacks.optimization.optimizers import Adam, ig_steps
 from strategies.attacks.optimization.parametrizations import NormalizedPixels
 from strategies.attacks.optimization.priors import TotalVariation
 
-TURNS, TV = 5, 1e-4
+TURNS, TV = 9, 1e-4
 
 
 class Case:
