@@ -4,3 +4,10 @@
 ``strategies`` (what a server does) and ``clients`` (what a client does), found by name through
 :mod:`fedsim.registry`.
 """
+
+import os
+
+if os.environ.get("FEDSIM_OFFLINE") == "1":  # here, because each is read once, on import
+    for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        os.environ[_name] = "1"
+    os.environ["FLWR_TELEMETRY_ENABLED"] = "0"

@@ -240,7 +240,10 @@ def check_arguments(
     for name, value in expression.arguments.items():
         where = f"{key}: {expression.name}({name})"
         if name not in parameters:
-            remedy = f"{expression.name} has no such parameter; {nearest(name, list(parameters))}"
+            remedy = f"{expression.name} takes no parameters; leave it out"
+            if parameters:
+                known = nearest(name, list(parameters))
+                remedy = f"{expression.name} has no such parameter; {known}"
             raise ScenarioError(where, value, remedy)
         adapter = TypeAdapter(hints.get(name, Any), config=wanted.STRICT)
         try:

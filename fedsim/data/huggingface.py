@@ -24,7 +24,8 @@ def huggingface(
     """Return the splits ``train`` and ``test`` (or a fifth of ``train``) as ``flwr_datasets`` does.
 
     Pictures are gray if the first one is, else RGB.  ``flwr_datasets`` reports its use to
-    Flower Labs unless ``FLWR_TELEMETRY_ENABLED=0``.
+    Flower Labs unless ``FLWR_TELEMETRY_ENABLED=0``.  With ``FEDSIM_OFFLINE=1`` only a local folder
+    or what Hugging Face's cache holds is read, and nothing reported.
 
     Parameters
     ----------

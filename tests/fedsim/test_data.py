@@ -3,6 +3,8 @@
 import gzip
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from fedsim.data.holdout import hold_out
 from fedsim.data.tensors import save_tensors
 from fedsim.errors import ScenarioError
 
+ROOT = Path(__file__).parents[2]
 SHAPES = {
     "digits": ((1, 8, 8), 10),
     "lfw-faces": ((1, 25, 25), 2),
@@ -187,6 +190,19 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_hub_set_that_cannot_be_had_says_so() -> None:
     with pytest.raises(ScenarioError, match="check the name, or the network"):
         load_dataset("huggingface(name='nobody/has-this-data-set')")
+
+
+def test_offline_the_hub_is_not_tried() -> None:
+    """In a process of its own: Hugging Face reads its settings once, on import."""
+    code = "from fedsim.data import load_dataset; load_dataset(\"huggingface(name='nobody/none')\")"
+    known = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**known, "PYTHONPATH": str(ROOT), "FEDSIM_OFFLINE": "1"},
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert "nobody/none cannot be loaded (ConnectionError: Couldn't reach" in done.stderr
+    assert "OfflineModeIsEnabled" in done.stderr
+    assert "Retrying" not in done.stderr
 
 
 @pytest.mark.usefixtures("offline")

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedsim.data import Split, partition, split_test
+from fedsim.data.partition import partitioners
 from fedsim.errors import ScenarioError
 
 COVERING = [
@@ -140,6 +141,12 @@ def test_the_same_partition_is_not_computed_twice() -> None:
         ("dirichlet(alpha=-1.0)", 4, "greater than zero"),
         ("dirichlet(alpha=0.01)", 40, "lower min_partition_size"),
         ("iid(num_partitions=3)", 4, "federation.clients"),
+        ("iid(alpha=3)", 4, "iid(alpha) = 3: iid takes no parameters; leave it out"),
+        (
+            "pathological",
+            4,
+            "'pathological': pathological needs num_classes_per_partition, a whole number (The",
+        ),
         ("dirichlet(alpha=0.5, seed=3)", 4, "leave it out"),
         ("natural-id", 4, "column of ids"),
         ("vertical-even", 4, "splits columns"),
@@ -157,6 +164,17 @@ def test_a_refusal_names_the_way_out(expression: str, clients: int, says: str) -
         partition(expression, labels_of(400), clients, seed=1)
     assert caught.value.key.startswith("data.partition")
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("name", partitioners())
+def test_what_the_range_supplies_is_never_offered(name: str) -> None:
+    for written in (name, f"{name}(num=1)", f"{name}(partition=1)", f"{name}(sed=1)"):
+        try:
+            partition(written, labels_of(400), 4, seed=1)
+        except ScenarioError as refused:
+            said = str(refused).removeprefix(f"data.partition: {written}")
+            for ours in ("num_partitions", "partition_by", "seed"):
+                assert ours not in said
 
 
 def test_nobody_starts_without_an_example() -> None:
