@@ -335,8 +335,8 @@ def test_only_what_is_needed_is_used() -> None:
         ("robbing-the-fed(bins='normal')", "surrogate"),
         ("robbing-the-fed(target=0.3)", "one-shot"),
         ("robbing-the-fed(units=4, variant='one-shot', target=0.01)", "virtual bins"),
-        ("robbing-the-fed(units=1)", "greater than or equal to 2"),
-        ("robbing-the-fed(gain=0.0)", "greater than 0"),
+        ("robbing-the-fed(units=1)", "at least 2"),
+        ("robbing-the-fed(gain=0.0)", "above 0"),
         ("robbing-the-fed(functional='mean')", "brightness"),
     ],
 )
