@@ -53,12 +53,20 @@ class FedSGD(Local):
         proximal_mu: float = 0.0,  # noqa: ARG002 - its pull is zero at the first step
     ) -> Trained:
         """Compute the gradient of one batch, drawn without replacement."""
-        order = torch.randperm(len(data), generator=ctx.public("batches", ctx.round))
-        batches = sampled(iter([order[: self.batch_size]]), len(data), defenses, ctx)
-        indices = next(iter(batches), order[:0])
+        first = self._first(len(data), ctx)
+        batches = sampled(iter([first]), len(data), defenses, ctx)
+        indices = next(iter(batches), first[:0])
         gradient = step_gradient(model, data.batch(indices), defenses, ctx)
         update = upload_transformed(gradient, defenses, ctx)
         return Trained(update, gradient, indices)
+
+    def probe(self, data: LocalData, ctx: ClientContext) -> Batch:
+        """Return the one batch."""
+        return data.batch(self._first(len(data), ctx))
+
+    def _first(self, examples: int, ctx: ClientContext) -> Tensor:
+        order = torch.randperm(examples, generator=ctx.public("batches", ctx.round))
+        return order[: self.batch_size]
 
 
 @register("local", "fedavg")
@@ -117,6 +125,10 @@ class FedAvg(Local):
             for name, p in parameters.items()
         }
         return Trained(after, clean, seen.nonzero().flatten(), update)
+
+    def probe(self, data: LocalData, ctx: ClientContext) -> Batch:
+        """Return the first epoch's first batch."""
+        return data.batch(next(self._batches(len(data), ctx)))
 
     def _batches(self, examples: int, ctx: ClientContext) -> Iterator[Tensor]:
         for epoch in range(self.epochs):

@@ -129,7 +129,20 @@ class ModelToSend:
 
 
 class Manipulation(Attack):
-    """Active: also decides what each client receives."""
+    """Active: also decides what each client receives.
+
+    What an adaptive attack learned in earlier rounds it reads off ``knowledge.history``: it keeps
+    no state of its own, so that saved views are all that a later reconstruction needs.
+    """
+
+    @property
+    def sybils(self) -> int:
+        """How many devices of the attacker's own join the federation; needs ``SELECTION``.
+
+        They follow the protocol as clients ``N .. N + sybils - 1`` and upload what changes
+        nothing, with the weight of one example and no defense.
+        """
+        return 0
 
     @abstractmethod
     def craft(
@@ -137,13 +150,21 @@ class Manipulation(Attack):
     ) -> ModelToSend:
         """Turn the model that the strategy would send into the model that clients receive.
 
-        ``expression`` and ``arrays`` are the honest model; called once a round.
+        ``expression`` and ``arrays`` are the honest model; called once a round, when
+        ``knowledge.history`` holds the views of the rounds before.
         """
 
     def tailor(self, sent: ModelToSend, client: int, server_round: int) -> ModelToSend:
-        """Return what this client gets; by default all get the same."""
+        """Return what this client gets; by default all get the same.
+
+        Arrays that are ``sent``'s own are stored once; others are made when a client is served, so
+        that this must give the same whenever it is asked.
+        """
         return sent
 
     def select(self, clients: Sequence[int], server_round: int) -> Sequence[int]:
-        """Return the clients to train this round; needs ``Capability.SELECTION``."""
+        """Return the clients to train this round; needs ``Capability.SELECTION``.
+
+        ``clients`` are those that are there, the attacker's own sybils last.
+        """
         return clients

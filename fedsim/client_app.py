@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -21,7 +22,7 @@ from torch import nn
 from fedsim import seeds
 from fedsim.audit.vault import VaultRecord, deposit
 from fedsim.data import DataSpec, Split, load_dataset
-from fedsim.defense import ClientContext, Defense, Tensors
+from fedsim.defense import Batch, ClientContext, Defense, Tensors
 from fedsim.local import LocalData
 from fedsim.models import build_model, load_arrays, uploaded_names
 from fedsim.parts import Parts
@@ -92,6 +93,9 @@ def whoami(msg: Message, context: Context) -> Message:
 @app.train(mods=[through_channel])
 def train(msg: Message, context: Context) -> Message:
     """Train with the defenses, deposit the truth in the vault, and upload."""
+    parts = _parts(context)
+    if cast(int, context.node_config["client"]) >= parts.scenario.federation.clients:
+        return _sybil(msg, parts)
     return _respond(msg, context, _parts(context).defenses, truth=True)
 
 
@@ -101,6 +105,19 @@ def baseline(msg: Message, context: Context) -> Message:
     if not _parts(context).scenario.audit.baseline:
         raise PermissionError("this run has no baseline: a server may not ask for one")
     return _respond(msg, context, (), truth=False)
+
+
+def _sybil(msg: Message, parts: Parts) -> Message:
+    """Upload, as a device of the attacker's own, what changes nothing: it has no data."""
+    sent = msg.content.array_records["arrays"]
+    model = build_model(*_own_model(parts, msg.content.config_records["config"])[:2])
+    upload = {}
+    for name in uploaded_names(model, parts.scenario.model.batchnorm):
+        array = sent[name].numpy()
+        upload[name] = Array(np.zeros_like(array) if parts.local.kind == "gradient" else array)
+    content = RecordDict({"arrays": ArrayRecord(upload)})
+    content["metrics"] = MetricRecord({"num-examples": 1})
+    return Message(content, reply_to=msg)
 
 
 def _parts(context: Context) -> Parts:
@@ -143,7 +160,8 @@ def _respond(
     split = _own_data(parts, context)
     data = LocalData(split, parts.device, parts.dtype)
     ctx = _defense_context(parts, context, server_round, len(data))
-    checks = _inspect(model, defenses, ctx, vault_root(context))
+    probe = parts.local.probe(data, ctx)
+    checks = _inspect(model, defenses, probe, ctx, vault_root(context))
     trainee = _wrapped(model, defenses, ctx)
     public = seeds.derive(parts.scenario.seed, "training", ctx.client, server_round)
     with seeds.seeded_globals(public):  # dropout
@@ -179,9 +197,9 @@ def _own_model(parts: Parts, config: ConfigRecord) -> tuple[str, DataSpec, torch
 
 
 def _inspect(
-    model: nn.Module, defenses: tuple[Defense, ...], ctx: ClientContext, vault: Path
+    model: nn.Module, defenses: tuple[Defense, ...], probe: Batch, ctx: ClientContext, vault: Path
 ) -> dict[str, float]:
-    """Let each defense look at the model received; return what they measured.
+    """Let each defense look at a copy of the model received; return what they measured.
 
     Raises
     ------
@@ -191,7 +209,9 @@ def _inspect(
     received = {name: p.detach() for name, p in model.state_dict().items()}
     checks: dict[str, float] = {}
     for defense in defenses:
-        verdict = defense.inspect(model, received, ctx)
+        if type(defense).inspect is Defense.inspect:
+            continue
+        verdict = defense.inspect(copy.deepcopy(model), received, probe, ctx)
         checks.update(verdict.checks)
         if not verdict.accept:
             reason = f"{defense.name} refused the model: {verdict.reason}"

@@ -127,8 +127,22 @@ class Defense:
     def check(self, model: nn.Module, kind: str) -> None:
         """Refuse a model or an upload kind that this defense cannot act on (``ValueError``)."""
 
-    def inspect(self, model: nn.Module, received: Tensors, ctx: ClientContext) -> Verdict:
-        """Accept or refuse the model that was received."""
+    def inspect(
+        self, model: nn.Module, received: Tensors, probe: Batch, ctx: ClientContext
+    ) -> Verdict:
+        """Accept or refuse the model that was received, before training on it.
+
+        Parameters
+        ----------
+        model : nn.Module
+            A copy, in the mode in which it would be trained.
+        received : dict of str to Tensor
+            Its parameters and buffers, as received.
+        probe : tuple of Tensor
+            The client's first batch of this round, images ``[B, C, H, W]`` and labels ``[B]``: its
+            gradient is what the client would upload (FedSGD) or do first (FedAvg).
+        ctx : ClientContext
+        """
         return Verdict(accept=True)
 
     def sampler(

@@ -77,6 +77,10 @@ class Local(ABC):
     ) -> Trained:
         """Train ``model`` in place and return what to upload."""
 
+    @abstractmethod
+    def probe(self, data: LocalData, ctx: ClientContext) -> Batch:
+        """Return the first batch that :meth:`train` would take without any defense."""
+
     def details(self) -> TrainingDetails:
         """Return what a parameter-aware adversary knows of this rule."""
         return TrainingDetails(

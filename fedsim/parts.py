@@ -37,6 +37,11 @@ class Parts:
         attack: Attack | None = registry.build("attack", found[0], "attack") if found else None
         return attack
 
+    @property
+    def sybils(self) -> int:
+        """How many devices of the attacker's own join the federation."""
+        return self.attack.sybils if isinstance(self.attack, Manipulation) else 0
+
     @cached_property
     def oracles(self) -> frozenset[str]:
         """The oracle grants the scenario names."""

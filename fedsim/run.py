@@ -65,6 +65,7 @@ def federate(parts: Parts, grid: Grid, context: Context, folder: RunFolder) -> N
         folder.write("federation.json", history.facts())
 
     with closing(_population(parts, grid, history.ledger, folder)) as population:
+        population.clients += parts.sybils
         behind = parts.channel.grid(population, context, scenario.federation.timeout)
         accuracy = _train(parts, role, population, behind, on_round, called="federation")
     history.seconds = time.perf_counter() - history.started
@@ -87,8 +88,9 @@ def _server(parts: Parts, folder: RunFolder) -> tuple[Strategy, list[str], Knowl
         seal = partial(run_sealed, paths=folder.sealed_paths(), readable=[views])
         knowledge = build_knowledge(parts, folder, Progress("crafting", "steps"))
         role = registry.components("role")["manipulator"](
-            applied, views, kind, attack=parts.attack, knowledge=knowledge, seal=seal
-        )
+            applied, views, kind, attack=parts.attack, knowledge=knowledge, seal=seal,
+            clients=scenario.federation.clients,
+        )  # fmt: skip
         return role, role.receipts, knowledge
     role = registry.components("role")["eavesdropper"](applied, views, kind)
     return role, role.receipts, None

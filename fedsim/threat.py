@@ -6,7 +6,7 @@ what is not granted raises :class:`~fedsim.errors.NotGranted`, what is used is r
 report.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -17,7 +17,7 @@ from fedsim import seeds
 from fedsim.data import DataSpec, Split
 from fedsim.errors import NotGranted
 from fedsim.models import build_model, load_arrays
-from fedsim.view import ServerView
+from fedsim.view import SavedViews, ServerView
 
 
 class Capability(StrEnum):
@@ -137,6 +137,19 @@ class Knowledge:
         self._surrogate = surrogate if Capability.SURROGATE in has else None
         self._statistics = statistics if Capability.STATISTICS in has else None
         self._oracles = dict(oracles or {})
+        self._history: Sequence[ServerView] = ()
+
+    def remember(self, views: SavedViews) -> None:
+        """Let a manipulator know what came back in the rounds before."""
+        self._history = views
+        if Capability.BASICS in self.granted:
+            self._num_examples = {f["label"]: f["num_examples"] for f in views.facts()}
+
+    @property
+    def history(self) -> Sequence[ServerView]:
+        """The views of the rounds before, while a manipulator crafts; empty afterwards."""
+        self.require(Capability.UPDATES)
+        return self._history
 
     @property
     def threat_model(self) -> str:

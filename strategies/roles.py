@@ -4,6 +4,7 @@
 also decides what clients receive.  The federation's own learning goes on inside.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -18,8 +19,9 @@ from fedsim.errors import RunFailed
 from fedsim.federation import Wrapper, with_arrays
 from fedsim.population import client_of, node_of
 from fedsim.registry import register
+from fedsim.spool import LazyArray
 from fedsim.threat import Capability, Knowledge
-from fedsim.view import ServerView, save_view
+from fedsim.view import SavedViews, ServerView, save_view
 
 Seal = Callable[..., Any]
 
@@ -92,6 +94,9 @@ class Manipulator(Eavesdropper):
         What the attack may know.
     seal : callable
         ``seal(function, *args)`` runs attack code out of reach of what it must not see.
+    clients : int
+        The federation's own; what comes after them are the attacker's sybils, of whose uploads
+        there is nothing to save.
     """
 
     def __init__(
@@ -103,11 +108,12 @@ class Manipulator(Eavesdropper):
         attack: Attack,
         knowledge: Knowledge,
         seal: Seal,
+        clients: int,
     ) -> None:
         super().__init__(inner, folder, kind)
         if not isinstance(attack, Manipulation):
             raise TypeError(f"{attack.name} is passive: it sends no model of its own")
-        self.attack, self.knowledge, self.seal = attack, knowledge, seal
+        self.attack, self.knowledge, self.seal, self.clients = attack, knowledge, seal, clients
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -118,28 +124,49 @@ class Manipulator(Eavesdropper):
             return messages
         self.honest = ArrayRecord(dict(arrays.items()))
         honest = str(config["model"])
+        self.knowledge.remember(SavedViews(self.folder))
         self.crafted = self.seal(self.attack.craft, honest, tensors(arrays), self.knowledge)
+        self.common = {name: Array(tensor) for name, tensor in self.crafted.arrays.items()}
         messages = self._selected(messages, server_round, grid)
-        records: dict[int, tuple[ModelToSend, ArrayRecord]] = {}
+        several = False
         for message in messages:
             client = client_of(message.metadata.dst_node_id)
             model = self.seal(self.attack.tailor, self.crafted, client, server_round)
-            if id(model) not in records:  # most attacks send everybody the same
-                records[id(model)] = model, arrays_of(model)
+            several |= model is not self.crafted
             changed = ConfigRecord(dict(message.content.config_records["config"]))
             changed["model"] = model.expression
-            message.content = RecordDict({"arrays": records[id(model)][1], "config": changed})
+            arrays = self._record(model, client, server_round)
+            message.content = RecordDict({"arrays": arrays, "config": changed})
         self.sent = {message.metadata.dst_node_id: message.content for message in messages}
         self.receipts.append(
-            f"sent a modified model to {len(messages)}/{len(messages)} clients "
-            f"in round {server_round}"
+            f"sent a modified model{', to each its own,' * several} to "
+            f"{len(messages)}/{len(messages)} clients in round {server_round}"
         )
         return messages
+
+    def _record(self, model: ModelToSend, client: int, server_round: int) -> ArrayRecord:
+        """Return a client's arrays: the common ones once, its own when they are asked for."""
+        record = ArrayRecord()
+        for name, tensor in model.arrays.items():
+            if tensor is self.crafted.arrays.get(name):
+                record[name] = self.common[name]
+            else:
+                record[name] = self._lazily(name, tensor, client, server_round)
+        return record
+
+    def _lazily(self, name: str, tensor: torch.Tensor, client: int, server_round: int) -> Array:
+        crafted = self.crafted
+
+        def load() -> Any:
+            model = self.seal(self.attack.tailor, crafted, client, server_round)
+            return model.arrays[name].numpy()
+
+        return LazyArray(str(tensor.numpy().dtype), tuple(tensor.shape), load)
 
     def _selected(self, messages: list[Message], server_round: int, grid: Grid) -> list[Message]:
         if Capability.SELECTION not in self.attack.needs:
             return messages
-        available = [client_of(node) for node in grid.get_node_ids()]
+        available = [client_of(node) for node in grid.get_node_ids()]  # sybils have the last ids
         chosen = list(self.seal(self.attack.select, tuple(available), server_round))
         if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(available):
             raise RunFailed(
@@ -156,8 +183,9 @@ class Manipulator(Eavesdropper):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Save the views, and give the inner strategy what belongs to its own model."""
         replies = list(replies)
-        for reply in replies:
-            save_view(self.folder, self.view(server_round, reply))
+        for view in (self.view(server_round, reply) for reply in replies):
+            if honest := tuple(client for client in view.senders if client < self.clients):
+                save_view(self.folder, dataclasses.replace(view, senders=honest))
         own = [self._own(reply) for reply in replies]
         return self.inner.aggregate_train(server_round, own)
 
@@ -170,8 +198,3 @@ class Manipulator(Eavesdropper):
 def tensors(arrays: ArrayRecord) -> dict[str, torch.Tensor]:
     """Return a record's arrays as tensors."""
     return {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()}
-
-
-def arrays_of(model: ModelToSend) -> ArrayRecord:
-    """Return a crafted model's tensors as a record."""
-    return ArrayRecord({name: Array(tensor) for name, tensor in model.arrays.items()})

@@ -312,7 +312,15 @@ def test_a_passive_attack_cannot_be_a_manipulator(tmp_path: Path) -> None:
     attack = registry.build("attack", "watching", "attack")
     inner = build_strategy("fedavg", 1.0)
     with pytest.raises(TypeError, match="watching is passive"):
-        Manipulator(inner, tmp_path, "gradient", attack=attack, knowledge=None, seal=None)  # type: ignore[arg-type]
+        Manipulator(
+            inner,
+            tmp_path,
+            "gradient",
+            attack=attack,
+            knowledge=None,
+            seal=None,
+            clients=4,  # type: ignore[arg-type]
+        )
 
 
 def test_a_view_holds_what_was_sent_and_what_came_back(tmp_path: Path) -> None:

@@ -92,7 +92,9 @@ class Suspicious(Defense):
     refusing: int = 1
     changes_upload = False
 
-    def inspect(self, model: nn.Module, received: Tensors, ctx: ClientContext) -> Verdict:
+    def inspect(
+        self, model: nn.Module, received: Tensors, probe: Batch, ctx: ClientContext
+    ) -> Verdict:
         return Verdict(
             accept=ctx.client >= self.refusing,
             checks={"largest": float(max(t.abs().max() for t in received.values()))},
