@@ -131,6 +131,18 @@ def test_resnet20_has_the_papers_size_and_resnet18_torchvisions() -> None:
     assert count["resnet18"] == 11_689_512 - 513 * 990 - 64 * 3 * (49 - 9)
 
 
+def test_the_plain_sequences_have_their_papers_sizes() -> None:
+    thousand = DataSpec((3, 224, 224), 1000, (0.5,) * 3, (0.2,) * 3)
+    with torch.device("meta"):
+        vgg = build_model("vgg16", thousand)
+    assert sum(p.numel() for p in vgg.parameters()) == 138_357_544  # torchvision's vgg16
+    lenet5 = build_model("lenet5", DataSpec((1, 28, 28), 10, (0.5,), (0.2,)))
+    assert sum(p.numel() for p in lenet5.parameters()) == 61_706
+    cnn = build_model("cnn", CIFAR100)
+    linear = [m.weight.shape for m in cnn.modules() if isinstance(m, torch.nn.Linear)]
+    assert linear == [(1024, 64 * 4 * 4), (512, 1024), (100, 512)]
+
+
 def test_option_a_shortcut_adds_no_parameters_and_keeps_the_features() -> None:
     block = BasicBlock(4, 8, stride=2, norm=torch.nn.BatchNorm2d)
     torch.nn.init.zeros_(block.conv2.weight)
