@@ -6,6 +6,7 @@ what is not granted raises :class:`~fedsim.errors.NotGranted`, what is used is r
 report.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -220,6 +221,16 @@ class Knowledge:
         if count is None:
             raise NotGranted(f"the protocol does not reveal how many examples {view.label} is of")
         return count
+
+    def about(self, num_examples: Mapping[str, int]) -> "Knowledge":
+        """Return the same knowledge of views that the attack itself made, for an attack within it.
+
+        ``num_examples`` says of how many examples each is, by label.  What is asked for there
+        counts as used here.
+        """
+        made = copy.copy(self)
+        made._num_examples = dict(num_examples)
+        return made
 
     # -- details -------------------------------------------------------------------------------
     @property
