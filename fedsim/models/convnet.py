@@ -1,5 +1,7 @@
 """A small convolutional network without BatchNorm, for quick federations and gradient inversion."""
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -9,11 +11,13 @@ from fedsim.data.dataset import DataSpec
 from fedsim.models.building import Normalize
 from fedsim.registry import register
 
+Width = Annotated[int, Field(gt=0)]
+
 
 class ConvNet(nn.Module):
-    """Three 3 x 3 convolutions with ReLU (strides ``stride``, 2, 2), and a linear layer."""
+    """Three 3 x 3 convolutions with ReLU (strides ``stride``, 2, 2), and linear layers."""
 
-    def __init__(self, spec: DataSpec, width: int, stride: int) -> None:
+    def __init__(self, spec: DataSpec, width: int, stride: int, hidden: Sequence[int] = ()) -> None:
         super().__init__()
         channels, height, across = spec.shape
         self.normalize = Normalize(spec)
@@ -27,17 +31,25 @@ class ConvNet(nn.Module):
         )
         # A stride of 2 with this padding halves and rounds up.
         pixels = -(-height // (4 * stride)) * -(-across // (4 * stride))
-        self.fc = nn.Linear(2 * width * pixels, spec.num_classes)
+        widths = [2 * width * pixels, *hidden]
+        self.hidden = nn.Sequential()
+        for before, after in pairwise(widths):
+            self.hidden.extend([nn.Linear(before, after), nn.ReLU()])
+        self.fc = nn.Linear(widths[-1], spec.num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` in ``[0, 1]`` to logits ``[B, classes]``."""
-        logits: Tensor = self.fc(self.body(self.normalize(images)).flatten(1))
+        logits: Tensor = self.fc(self.hidden(self.body(self.normalize(images)).flatten(1)))
         return logits
 
 
 @register("model", "convnet")
 def convnet(
-    spec: DataSpec, *, width: Annotated[int, Field(gt=0)] = 32, stride: Literal[1, 2] = 1
+    spec: DataSpec,
+    *,
+    width: Width = 32,
+    stride: Literal[1, 2] = 1,
+    hidden: list[Width] | tuple[Width, ...] = (),
 ) -> nn.Module:
     """Build the network; PyTorch's default initialization.
 
@@ -49,5 +61,7 @@ def convnet(
         Channels of the first convolution; the others have twice as many.
     stride : {1, 2}
         Of the first convolution; with 2 images are much harder to get back.
+    hidden : list of int
+        Widths of fully connected ReLU layers before the last one.
     """
-    return ConvNet(spec, width, stride)
+    return ConvNet(spec, width, stride, hidden)

@@ -1,0 +1,210 @@
+"""The first fully connected ReLU layer of a model as a trap: set, turned up, and read again.
+
+What the attacks with trap weights share (Boenisch et al., EuroS&P 2023, and its successor against
+secure aggregation): the model that is sent has the honest one's architecture and names.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fedsim.attack import Cost, Reconstruction
+from fedsim.errors import NotGranted
+from fedsim.models import build_model, load_arrays, travelling
+from fedsim.threat import Capability, Knowledge
+from fedsim.view import ServerView
+from strategies.attacks.analytic.isolation.agreement import isolated, noise_of
+from strategies.attacks.analytic.isolation.passage import (
+    Passage,
+    PixelMap,
+    clear,
+    find_passage,
+    pixel_map,
+)
+
+# Pixels may miss [0, 1] by so many expected errors, root mean square, and by rounding.
+OUTSIDE, ROUNDING = 2.0, 1e-3
+
+
+@dataclass(frozen=True)
+class TrappedLayer:
+    """A model whose pixels reach its first fully connected ReLU layer as they are, float64."""
+
+    model: nn.Module
+    passage: Passage
+    pixels: PixelMap
+
+    @classmethod
+    def opened(cls, model: nn.Module, generator: torch.Generator) -> "TrappedLayer":
+        """Clear the way to the layer, in place.
+
+        Raises
+        ------
+        ValueError
+            If the model has no such layer, or its pixels cannot be led there.
+        """
+        model = model.double().cpu().eval()
+        passage = find_passage(model)
+        clear(model, passage, generator)
+        return cls(model, passage, pixel_map(model, passage.layer))
+
+    @property
+    def layer(self) -> nn.Linear:
+        """The layer that holds the traps."""
+        layer = self.model.get_submodule(self.passage.layer)
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    @property
+    def after(self) -> nn.Linear:
+        """The linear layer behind its ReLU."""
+        after = self.model.get_submodule(self.passage.after)
+        assert isinstance(after, nn.Linear)
+        return after
+
+    def set(self, rows: tuple[Tensor, Tensor]) -> None:
+        """Write rows (``[n, D]``, ``[n]``) that act on pixels in ``[0, 1]``."""
+        weight, bias = self.pixels.rows(*rows, self.layer.in_features)
+        with torch.no_grad():
+            self.layer.weight.copy_(weight)
+            self.layer.bias.copy_(bias)
+
+    def turn_up(self, gain: float) -> None:
+        """Make the rows' gradients ``gain`` times as large; the model computes the same.
+
+        ReLU commutes with positive factors: rows and biases over ``gain``, the next layer's
+        weights times it.
+        """
+        with torch.no_grad():
+            self.layer.weight.div_(gain)
+            self.layer.bias.div_(gain)
+            self.after.weight.mul_(gain)
+
+    def signal_gradient(self, images: Tensor, labels: Tensor) -> float:
+        """Return by how much a row's output moves an example's loss: the mean of ``|dL_j/dh_i|``.
+
+        ``images`` are ``[B, C, H, W]`` in ``[0, 1]``, ``labels`` ``[B]``; not the clients'.
+        """
+        heard: list[Tensor] = []
+        handle = self.after.register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
+        loss = cross_entropy(self.model(images.double()), labels, reduction="sum")
+        handle.remove()
+        (gradient,) = torch.autograd.grad(loss, heard[0])
+        return max(float(gradient.abs().mean()), 1e-12)
+
+    def arrays(self, like: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what is sent, in the honest model's precision."""
+        return {n: t.to(like[n].dtype).clone() for n, t in travelling(self.model).items()}
+
+
+def trapped_layer(expression: str, arrays: dict[str, Tensor], knowledge: Knowledge) -> TrappedLayer:
+    """Open the honest model that is about to be sent."""
+    model = build_model(expression, knowledge.basics.data)
+    load_arrays(model, arrays)
+    return TrappedLayer.opened(model, knowledge.generator("traps", "silent filters"))
+
+
+def refuse_unfit(model: nn.Module, kind: str) -> None:
+    """Refuse a model without a reachable layer, or whose way to it drifts in local training.
+
+    Raises
+    ------
+    ValueError
+    """
+    opened = TrappedLayer.opened(model, torch.Generator())
+    if kind == "weights" and opened.passage.convolutions:
+        raise ValueError(
+            "in local training the convolutions before the traps drift, and pixels no longer pass; "
+            "let clients upload gradients (fedsgd), or use mlp(hidden=[1000])"
+        )
+
+
+def own_images(knowledge: Knowledge, most: int) -> tuple[Tensor, Tensor]:
+    """Return at most ``most`` surrogate images ``[S, C, H, W]`` in ``[0, 1]``, and labels.
+
+    Without surrogate data: noise of the public mean and standard deviation.
+    """
+    spec, generator = knowledge.basics.data, knowledge.generator("traps", "own images")
+    if Capability.SURROGATE in knowledge.granted:
+        surrogate = knowledge.surrogate
+        return surrogate.batch(torch.randperm(len(surrogate), generator=generator)[:most])
+    mean, std = (torch.tensor(facts).view(-1, 1, 1) for facts in (spec.mean, spec.std))
+    noise = mean + std * torch.randn(most, *spec.shape, generator=generator)
+    return noise.clamp(0, 1), torch.randint(spec.num_classes, (most,), generator=generator)
+
+
+def read_views(views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
+    """Read every image that some row of the trapped layer holds alone, from each view.
+
+    The images with most rows that agree come first, as many as the update can be of.  The score is
+    the number of those rows, plus the image's contrast, which is below one: a mixture is flat.
+    """
+    started = time.perf_counter()
+    shape = knowledge.basics.data.shape
+    examples, scores, sources, receipts = [torch.empty(0, *shape)], [torch.empty(0)], [], []
+    for index, view in enumerate(views):
+        images, score, receipt = _read(view, knowledge)
+        examples.append(images.clamp(0, 1).float().view(-1, *shape))
+        scores.append(score.float())
+        sources += [index] * len(score)
+        receipts.append(receipt)
+        knowledge.progress(index + 1, len(views), "")
+    return Reconstruction(
+        examples=torch.cat(examples),
+        views=torch.tensor(sources, dtype=torch.int64),
+        scores=torch.cat(scores),
+        cost=Cost(seconds=time.perf_counter() - started),
+        receipts=tuple(receipts),
+    )
+
+
+def _read(view: ServerView, knowledge: Knowledge) -> tuple[Tensor, Tensor, str]:
+    """Return unclamped images ``[K, D]``, scores ``[K]`` and a receipt."""
+    weight, bias, pixels = layer_gradient(view, knowledge)
+    found = isolated(weight, bias, _noise(view, weight, bias))
+    images = pixels.pixels(found.inputs)
+    error = found.error / pixels.scale.abs().min()
+    outside = (images - images.clamp(0, 1)).square().mean(dim=1).sqrt()
+    valid = images.isfinite().all(dim=1) & (outside <= OUTSIDE * error + ROUNDING)
+    images, rows = images[valid], found.rows[valid]
+    score = rows + images.clamp(0, 1).std(dim=1, correction=0)
+    best = score.argsort(descending=True, stable=True)[: _most(view, knowledge)]
+    receipt = (
+        f"read {len(best)} images in view {view.label}: {int((bias != 0).sum())} of {len(bias)} "
+        f"rows heard something, {int((rows[best] > 1).sum())} images are held by rows that agree"
+    )
+    return images[best], score[best], receipt
+
+
+def layer_gradient(view: ServerView, knowledge: Knowledge) -> tuple[Tensor, Tensor, PixelMap]:
+    """Return the layer's gradients at the pixels (``[n, D]``, ``[n]``, float64) and their map."""
+    model = knowledge.model(view)
+    layer = find_passage(model).layer
+    pixels = pixel_map(model, layer)
+    update = view.update()
+    weight, bias = update[layer + ".weight"], update[layer + ".bias"]
+    return weight[:, pixels.positions].double(), bias.double(), pixels
+
+
+def _noise(view: ServerView, weight: Tensor, bias: Tensor) -> float:
+    """Return the noise in an entry; uploaded weights are also rounded to their own digits."""
+    sigma = noise_of(weight, bias, len(view.senders))
+    if view.kind == "gradient":
+        return sigma
+    carriers = [t for t in view.sent.values() if t.dim() == 2]
+    carrier = next(t for t in carriers if len(t) == len(bias))
+    rounding = torch.finfo(carrier.dtype).eps * sqrt(float(carrier.double().square().mean()))
+    return max(sigma, rounding)
+
+
+def _most(view: ServerView, knowledge: Knowledge) -> int | None:
+    """Return how many images there can be, where the protocol reveals it."""
+    try:
+        return knowledge.num_examples(view)
+    except NotGranted:
+        return None
