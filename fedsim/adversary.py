@@ -149,6 +149,7 @@ def build_knowledge(
         statistics=statistics.__getitem__,
         oracles=oracles,
         num_examples={fact["label"]: fact["num_examples"] for fact in views},
+        clients=scenario.federation.clients,
         progress=progress,
     )
 

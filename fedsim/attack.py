@@ -1,7 +1,7 @@
 """What every attack is: a paper, its needs, and one function from views to candidates."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -120,12 +120,14 @@ class ModelToSend:
     """A manipulated model: an expression any client can build, its arrays, and where ours lies.
 
     ``prefix`` is put before the names of the federation's own arrays inside the model sent
-    (``"body."``), so that the federation's own learning goes on with what comes back.
+    (``"body."``), so that the federation's own learning goes on with what comes back.  ``places``
+    says of an array that it is a block, ``(index, count)``, of a larger one (``fedsim.placing``).
     """
 
     expression: str
     arrays: dict[str, Tensor]
     prefix: str = ""
+    places: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class Manipulation(Attack):

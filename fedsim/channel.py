@@ -16,6 +16,9 @@ class Channel(ABC):
     name: ClassVar[str]
     #: Whether a reply is one client's, or an aggregate of all of a round.
     aggregates: ClassVar[bool] = False
+    #: Whether clients mask what they upload: then all upload one shape, and only the auditor can
+    #: say what the sum lost.
+    masks: ClassVar[bool] = False
 
     def check(self, clients: int, largest_weight: int) -> None:  # noqa: B027 - most carry any
         """Refuse what the protocol cannot carry (``ValueError``).

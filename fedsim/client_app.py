@@ -26,6 +26,7 @@ from fedsim.defense import Batch, ClientContext, Defense, Tensors
 from fedsim.local import LocalData
 from fedsim.models import build_model, load_arrays, uploaded_names
 from fedsim.parts import Parts
+from fedsim.placing import places_in, whole
 from fedsim.population import ADDRESS, node_of
 from fedsim.scenario import Scenario
 
@@ -168,9 +169,12 @@ def _respond(
         pull = cast(float, config.get("proximal-mu", 0.0))
         trained = parts.local.train(trainee, data, defenses, ctx, pull)
     upload = _upload(trainee, trained.upload, names)
+    if parts.channel.masks:
+        places = places_in(msg.content)
+        upload = {name: whole(tensor, places.get(name)) for name, tensor in upload.items()}
     if truth:
         record = _record(parts, ctx, split, trained.indices, defenses)
-        if parts.attack is not None and parts.channel.aggregates:
+        if parts.attack is not None and parts.channel.masks:
             record = dataclasses.replace(record, upload=upload)
         deposit(vault_root(context), dataclasses.replace(record, checks=checks))
         _remember(context, ctx.store)

@@ -27,6 +27,7 @@ from fedsim import registry, seeds
 from fedsim.data import DataSpec
 from fedsim.errors import RunFailed, ScenarioError
 from fedsim.models import build_model, is_buffer, uploaded_names
+from fedsim.placing import places_in, whole_shape
 from fedsim.population import Ledger, Population, client_of
 from fedsim.spool import lazily
 
@@ -327,6 +328,9 @@ class Refereed(Wrapper):
         """Say what is wrong with a reply, if anything is."""
         asked = self.sent[reply.metadata.src_node_id].content.config_records["config"]
         expected = self._expectation(str(asked["model"]))
+        if "senders" in reply.content:
+            places = places_in(self.sent[reply.metadata.src_node_id].content)
+            expected = {n: whole_shape(shape, places.get(n)) for n, shape in expected.items()}
         arrays = reply.content.array_records.get("arrays")
         if arrays is None:
             return "its reply holds no arrays"

@@ -106,6 +106,8 @@ class Knowledge:
     ----------
     device : torch.device
         Where the attack computes.
+    clients : int
+        How many clients there are, the attacker's sybils not counted: any server knows.
     progress : callable
         ``progress(done, total, text)``: tell whoever watches how far the attack is.
     """
@@ -123,10 +125,12 @@ class Knowledge:
         statistics: Callable[[int], Statistics] | None = None,
         oracles: Mapping[str, Callable[[ServerView], Tensor]] | None = None,
         num_examples: Mapping[str, int | None] | None = None,
+        clients: int = 1,
         progress: Callable[[int, int, str], None] | None = None,
     ) -> None:
         has = THREAT_MODELS[threat_model]
         self.device = device
+        self.clients = clients
         self.batchnorm = batchnorm
         self.progress = progress or _unwatched
         self._threat_model = threat_model

@@ -17,6 +17,7 @@ from flwr.serverapp.strategy import Strategy
 from fedsim.attack import Attack, Manipulation, ModelToSend
 from fedsim.errors import RunFailed
 from fedsim.federation import Wrapper, with_arrays
+from fedsim.placing import PLACES, record_of
 from fedsim.population import client_of, node_of
 from fedsim.registry import register
 from fedsim.spool import LazyArray
@@ -137,6 +138,8 @@ class Manipulator(Eavesdropper):
             changed["model"] = model.expression
             arrays = self._record(model, client, server_round)
             message.content = RecordDict({"arrays": arrays, "config": changed})
+            if model.places:
+                message.content[PLACES] = record_of(model.places)
         self.sent = {message.metadata.dst_node_id: message.content for message in messages}
         self.receipts.append(
             f"sent a modified model{', to each its own,' * several} to "

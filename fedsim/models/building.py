@@ -1,7 +1,8 @@
 """Models by expression, and which of their tensors travel.
 
-What travels is every parameter and every floating-point buffer (BatchNorm's running statistics);
-integer buffers (its counter) stay at home.  Models take images in ``[0, 1]`` and normalize inside
+What travels is every parameter and every floating-point buffer (BatchNorm's running statistics),
+and down, not up, the ``indices`` of what is stored sparse; other integer buffers (BatchNorm's
+counter) stay at home.  Models take images in ``[0, 1]`` and normalize inside
 where they want it, so that any layer put before them reads pixels.
 """
 
@@ -51,11 +52,11 @@ def initial_model(expression: str, spec: DataSpec, seed: int) -> nn.Module:
 
 
 def travelling(model: nn.Module) -> dict[str, Tensor]:
-    """Return what travels, by name: parameters and floating-point buffers."""
+    """Return what travels, by name: parameters, floating-point buffers and sparse indices."""
     return {
         name: tensor.detach()
         for name, tensor in model.state_dict().items()
-        if tensor.is_floating_point()
+        if tensor.is_floating_point() or is_index(name)
     }
 
 
@@ -64,9 +65,15 @@ def is_buffer(name: str) -> bool:
     return name.endswith((".running_mean", ".running_var"))
 
 
+def is_index(name: str) -> bool:
+    """Say whether a travelling array says where sparse values lie; the server knows it already."""
+    return name.rpartition(".")[2] == "indices"
+
+
 def uploaded_names(model: nn.Module, batchnorm: str) -> list[str]:
     """Return the names a client uploads, in order: parameters, and statistics where shared."""
-    return [name for name in travelling(model) if batchnorm == "shared" or not is_buffer(name)]
+    names = [name for name in travelling(model) if not is_index(name)]
+    return [name for name in names if batchnorm == "shared" or not is_buffer(name)]
 
 
 def load_arrays(model: nn.Module, arrays: Mapping[str, Any]) -> None:
@@ -86,6 +93,6 @@ def load_arrays(model: nn.Module, arrays: Mapping[str, Any]) -> None:
             if value.shape != tensor.shape:
                 raise ValueError(f"{name} has shape {list(value.shape)}, not {list(tensor.shape)}")
             tensor.copy_(value)
-        for buffer in model.buffers():
-            if not buffer.is_floating_point():
+        for name, buffer in model.named_buffers():
+            if not buffer.is_floating_point() and not is_index(name):
                 buffer.zero_()  # BatchNorm's counter: nothing of the last client stays

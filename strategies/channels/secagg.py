@@ -51,7 +51,8 @@ from pydantic import Field
 from fedsim import seeds
 from fedsim.channel import Channel
 from fedsim.grid import GridWrapper
-from fedsim.models import is_buffer
+from fedsim.models import is_buffer, is_index
+from fedsim.placing import places_in, whole_shape
 from fedsim.population import Population, client_of
 from fedsim.registry import register
 
@@ -85,6 +86,7 @@ class SecAgg(Channel):
     quantization_range: Annotated[int, Field(ge=2)] = 2**22
 
     aggregates = True
+    masks = True
 
     def check(self, clients: int, largest_weight: int) -> None:
         """Refuse what the protocol cannot hide, weigh or sum without wrapping around."""
@@ -207,8 +209,12 @@ def _without_absent(state: WorkflowState) -> bool:
 
 def _uploads(asked: Message) -> list[dict[str, tuple[int, ...]]]:
     """Return the names and shapes that may come back: all that was sent, or parameters only."""
-    arrays = asked.content.array_records["arrays"]
-    full = {name: tuple(array.shape) for name, array in arrays.items()}
+    arrays, places = asked.content.array_records["arrays"], places_in(asked.content)
+    full = {
+        name: whole_shape(array.shape, places.get(name))
+        for name, array in arrays.items()
+        if not is_index(name)
+    }
     return [full, {name: shape for name, shape in full.items() if not is_buffer(name)}]
 
 
