@@ -77,6 +77,10 @@ class ClientContext:
         What each defense did, by name, for the auditor; it stays on the client's side.
     step : int
         Local optimizer step, from 0.
+    model : str
+        The expression of the model that the server sent.
+    run_id : int
+        The run that this client takes part in.
     """
 
     client: int
@@ -87,6 +91,8 @@ class ClientContext:
     store: Tensors = field(default_factory=dict)
     effects: dict[str, Effect] = field(default_factory=dict)
     step: int = 0
+    model: str = ""
+    run_id: int = 0
 
     def effect(self, defense: "Defense") -> Effect:
         """Return the sums in which this defense's doings are counted."""

@@ -126,9 +126,10 @@ class RunFolder:
         """What no attack may open.
 
         The vault, the seed that all public streams come from, the number of examples beside each
-        view, and what an earlier report or another attack says: the whole folder.
+        view, and what an earlier report or another attack says: the whole folder.  The clients'
+        own board, where they compare what they received, is out of the server's reach.
         """
-        return [self.path, seeds.home() / "vaults"]
+        return [self.path, seeds.home() / "vaults", seeds.home() / "boards"]
 
 
 def output_dir(scenario: Scenario) -> Path:

@@ -9,3 +9,13 @@ RATIO_ATTACK: dict[str, str | int | float | bool] = {
     "federation.clients": 4,
     "federation.local": "fedsgd(batch_size=1, lr=0.1)",
 }
+
+#: An imprint put before a small model, for detectors to look at.
+IMPRINTED: dict[str, str | int | float | bool] = {
+    "threat-model": "G",
+    "attack": "robbing-the-fed(units=16)",
+    "data.dataset": "photo-tiles",
+    "model.name": "mlp(hidden=[32])",
+    "federation.clients": 4,
+    "federation.local": "fedsgd(batch_size=8, lr=0.1)",
+}

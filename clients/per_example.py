@@ -1,0 +1,79 @@
+"""The gradient of every example of a batch, a few examples at a time.
+
+``g_i = dl_i / dW`` with ``l_i`` the cross-entropy of example i.  By ``torch.func.vmap`` where the
+examples do not touch each other; with BatchNorm in train mode they do, and ``l_i`` is then the loss
+of example i in its batch (as in the released code of Garov et al., ICLR 2024), one backward pass
+for each.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.functional import cross_entropy
+
+from fedsim.defense import Batch, Tensors
+
+# Numbers held at once: 256 MB in float32.
+AT_ONCE = 2**26
+
+
+def per_example_gradients(model: nn.Module, batch: Batch) -> Iterator[Tensors]:
+    """Yield the gradients of consecutive examples, each ``[b, *shape]`` by parameter name.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In the mode in which it would be trained; its buffers may move (BatchNorm).
+    batch : tuple of Tensor
+        Images ``[B, C, H, W]`` and labels ``[B]``.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    together = max(1, AT_ONCE // max(1, sum(p.numel() for p in parameters.values())))
+    if _examples_touch(model):
+        yield from _one_by_one(model, parameters, batch, together)
+        return
+    try:
+        for at in range(0, len(batch[1]), together):
+            some = slice(at, at + together)
+            yield _at_once(model, parameters, (batch[0][some], batch[1][some]))
+    except RuntimeError:
+        # The server chose this architecture, and it may do what vmap cannot follow.
+        yield from _one_by_one(model, parameters, batch, together)
+
+
+def _examples_touch(model: nn.Module) -> bool:
+    norms = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+    return any(isinstance(m, norms) and m.training for m in model.modules())
+
+
+def _at_once(model: nn.Module, parameters: dict[str, nn.Parameter], batch: Batch) -> Tensors:
+    detached = {name: p.detach() for name, p in parameters.items()}
+
+    def loss(own: Tensors, image: Tensor, label: Tensor) -> Tensor:
+        logits = functional_call(model, own, (image.unsqueeze(0),))
+        return cross_entropy(logits, label.unsqueeze(0))
+
+    every = vmap(grad(loss), in_dims=(None, 0, 0), randomness="different")
+    gradients: Tensors = every(detached, *batch)
+    return gradients
+
+
+def _one_by_one(
+    model: nn.Module, parameters: dict[str, nn.Parameter], batch: Batch, together: int
+) -> Iterator[Tensors]:
+    losses = cross_entropy(model(batch[0]), batch[1], reduction="none")
+    for chunk in torch.split(losses, together):
+        found = [
+            torch.autograd.grad(
+                loss,
+                list(parameters.values()),
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            for loss in chunk
+        ]
+        stacked = [torch.stack(several) for several in zip(*found, strict=True)]
+        yield dict(zip(parameters, stacked, strict=True))
