@@ -161,6 +161,7 @@ def _respond(
     split = _own_data(parts, context)
     data = LocalData(split, parts.device, parts.dtype)
     ctx = _defense_context(parts, context, server_round, len(data))
+    ctx.model = own[0]
     probe = parts.local.probe(data, ctx)
     checks = _inspect(model, defenses, probe, ctx, vault_root(context))
     trainee = _wrapped(model, defenses, ctx)
@@ -258,6 +259,7 @@ def _defense_context(
             seed, "client", client, server_round, *names, entropy=entropy
         ),
         store={name: torch.from_numpy(array.numpy()) for name, array in stored.items()},
+        run_id=context.run_id,
     )
 
 
