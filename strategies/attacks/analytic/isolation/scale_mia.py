@@ -1,0 +1,322 @@
+"""Scale-MIA: linear layers isolate latent codes, and a decoder turns them into images.
+
+Shi, Wang, Xiao, Zhang, Shi, Hou, Lou, "Scale-MIA: A Scalable Model Inversion Attack against
+Secure Federated Learning via Latent Space Reconstruction", NDSS 2025.
+
+The server trains an auto-encoder on surrogate data; its encoder is the network's convolutions, its
+decoder stays at home.  The latent code of image j is ``l_j`` (``[D]``, never negative), its
+brightness ``h_j`` the mean of the code.  The first linear layer gets k equal rows and k cut-offs
+at quantiles of the brightness, the second constant weights:
+
+    z_i = <1/D, l> - c_i,   a = ReLU(z),   hidden_m = mean_i a_i + 1/m
+
+so that every active unit of an image gets the same derivative ``g_j``, and with the rows' gradients
+``G`` and those of the biases ``gb``
+
+    G_i - G_{i+1} = sum of g_j l_j,   gb_i - gb_{i+1} = sum of g_j   over c_i < h_j <= c_{i+1}
+
+``l`` is their ratio where a bin holds one image (Robbing the Fed's read-out, in latent space), and
+the decoder shows it.  Every one of the k bins is read, the last as ``G_k / gb_k``; which of them
+hold anything is told by the bias alone.  (The authors' code looks it up in the private images'
+own activations.)
+
+*The decoder* is not sent, and this attack remembers nothing: it is fitted on the surrogate data to
+the encoder that the saved view says was sent, every time anew and the same from the same seed, so
+that views can be read later and elsewhere.  Rounds after the first send what the first one sent.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, relu
+
+from fedsim.attack import Cost, Manipulation, ModelToSend, Paper, Reconstruction, ToyCase
+from fedsim.data import Split
+from fedsim.errors import NotGranted
+from fedsim.models import build_model, load_arrays, travelling
+from fedsim.registry import register
+from fedsim.threat import Capability, Knowledge
+from fedsim.view import ServerView
+from strategies.attacks.analytic.isolation import auto_encoder
+from strategies.attacks.analytic.isolation import gain as gains
+from strategies.attacks.analytic.isolation.bins import normal_cutoffs
+from strategies.attacks.analytic.isolation.layers import layers_of
+
+# The outermost cut-offs, as quantiles of the fitted normal distribution; the authors' own.
+OUTERMOST = 0.001
+PROBE = 64
+# A bin counts as occupied when its bias moved by more than so many rounding errors of what
+# carries it.
+ROUNDING = 8.0
+
+
+@register("attack", "scale-mia")
+@dataclass(frozen=True, kw_only=True)
+class ScaleMIA(Manipulation):
+    """Read latent codes that are alone in their bin, and decode them.
+
+    Threat model G: surrogate data train the auto-encoder and set the bins.  Parameters only, none
+    added; works behind secure aggregation, with M the images of the whole sum.  Expect
+    ``(1 - 1/k)^(M-1)`` of them, k the width of the first linear layer, as well as the auto-encoder
+    shows images it never saw.  Costs two trainings on the surrogate data.
+
+    Parameters
+    ----------
+    epochs : int
+        Of the auto-encoder, and again of the decoder.
+    gain : float or None
+        Factor on the first linear layer (its inverse on the second).  None: worked out on surrogate
+        data, so that the update survives Flower's SecAgg+ (``gain.py``).
+
+    Fails where clients take more than one local step (rows and codes move), on surrogate data of
+    another domain, with BatchNorm in the encoder, and under noise.
+    """
+
+    paper: ClassVar[Paper] = Paper(
+        title="Scale-MIA: A Scalable Model Inversion Attack against Secure Federated Learning via "
+        "Latent Space Reconstruction",
+        authors="Shi, Wang, Xiao, Zhang, Shi, Hou, Lou",
+        venue="NDSS",
+        year=2025,
+        published="",
+        measured="",
+    )
+    needs: ClassVar[frozenset[Capability]] = frozenset(
+        {
+            Capability.UPDATES,
+            Capability.BASICS,
+            Capability.DETAILS,
+            Capability.SURROGATE,
+            Capability.MANIPULATION,
+        }
+    )
+    toy: ClassVar[ToyCase] = ToyCase(
+        scenario={
+            "threat-model": "G",
+            "attack": "scale-mia(epochs=10)",
+            "data.dataset": "photo-tiles",
+            "model.name": "cnn(hidden=[256, 64])",
+            "federation.clients": 4,
+            "federation.local": "fedsgd(batch_size=8, lr=0.1)",
+            "audit.criterion": "psnr>=18",
+        },
+        figure="leak.leak_rate",
+        low=0.0,
+        high=1.0,
+    )
+    unit: ClassVar[str] = "epochs"
+
+    epochs: Annotated[int, Field(ge=1)] = 30
+    gain: Annotated[float, Field(gt=0)] | None = None
+
+    def check(self, model: nn.Module, kind: str) -> None:  # noqa: ARG002
+        """Refuse a model without an encoder to mirror, or without three linear layers behind it."""
+        parted(model)
+
+    # -- what is sent ----------------------------------------------------------------------------
+    def craft(
+        self, expression: str, arrays: dict[str, Tensor], knowledge: Knowledge
+    ) -> ModelToSend:
+        """Train the auto-encoder, cut the bins and overwrite every layer, in the first round."""
+        if knowledge.history:
+            first = knowledge.history[0]
+            return ModelToSend(first.model, first.sent)
+        spec, split, device = knowledge.basics.data, knowledge.surrogate, knowledge.device
+        model = build_model(expression, spec)
+        load_arrays(model, arrays)
+        parts = parted(model)
+        generator = knowledge.generator("scale-mia", "auto-encoder")
+        decoder = auto_encoder.mirrored(parts.encoder, spec.shape, generator)
+        model.to(device)
+        auto_encoder.train(
+            parts.encoder,
+            decoder.to(device),
+            split,
+            epochs=self.epochs,
+            generator=generator,
+            device=device,
+            tell=knowledge.progress,
+        )
+        codes = auto_encoder.encoded(parts.encoder, split, device).flatten(1)
+        cutoffs = cutoffs_of(codes.mean(dim=1), parts.first.out_features)
+        overwrite(parts, cutoffs, knowledge.generator("scale-mia", "last layer"))
+        scale(parts, self.gain or self._calibrated(parts, split, knowledge))
+        model.to("cpu", next(iter(arrays.values())).dtype)
+        return ModelToSend(expression, travelling(model))
+
+    def _calibrated(self, parts: "Parts", split: Split, knowledge: Knowledge) -> float:
+        """Work out the gain on surrogate examples (``gain.py``); one local step is FedSGD's."""
+        generator = knowledge.generator("scale-mia", "probe")
+        chosen = torch.randperm(len(split), generator=generator)[:PROBE]
+        images, labels = (part.to(knowledge.device) for part in split.batch(chosen))
+        rate = knowledge.training.lr if knowledge.training.kind == "weights" else 1.0
+        return gains.for_gradients(rate * signal_gradient(parts, images, labels))
+
+    # -- what is read ----------------------------------------------------------------------------
+    def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
+        """Read every occupied bin of every view, and decode; at most as many as are examples."""
+        started = time.perf_counter()
+        shape = knowledge.basics.data.shape
+        decoders: dict[bytes, tuple[nn.Module, torch.Size]] = {}
+        found, scores, sources, receipts = [], [], [], []
+        for index, view in enumerate(views):
+            parts = parted(knowledge.model(view))
+            sent = b"".join(p.detach().cpu().numpy().tobytes() for p in parts.encoder.parameters())
+            if sent not in decoders:
+                decoders[sent] = self._decoder(parts.encoder, knowledge)
+            decoder, maps = decoders[sent]
+            codes, strength = read_codes(view, parts)
+            best = strength.argsort(descending=True, stable=True)[: _most(view, knowledge)]
+            kept = codes[best].clamp_min(0).float().view(-1, *maps)
+            found.append(auto_encoder.decoded(decoder, kept, knowledge.device))
+            scores.append(strength[best].float())
+            sources.append(torch.full((len(best),), index))
+            receipts.append(
+                f"read {len(codes)} occupied bins of {parts.first.out_features} "
+                f"in view {view.label}"
+            )
+        return Reconstruction(
+            examples=torch.cat(found) if found else torch.empty(0, *shape),
+            views=torch.cat(sources) if sources else torch.empty(0, dtype=torch.int64),
+            scores=torch.cat(scores) if scores else None,
+            cost=Cost(seconds=time.perf_counter() - started),
+            receipts=tuple(receipts),
+        )
+
+    def _decoder(
+        self, encoder: nn.Sequential, knowledge: Knowledge
+    ) -> tuple[nn.Module, torch.Size]:
+        """Fit a decoder to an encoder as it was sent; return it, and the shape of the maps."""
+        shape, device = knowledge.basics.data.shape, knowledge.device
+        frozen = encoder.float().requires_grad_(False)
+        generator = knowledge.generator("scale-mia", "decoder")
+        decoder = auto_encoder.mirrored(frozen.cpu(), shape, generator).to(device)
+        frozen.to(device)
+        auto_encoder.train(
+            frozen,
+            decoder,
+            knowledge.surrogate,
+            epochs=self.epochs,
+            generator=generator,
+            device=device,
+            tell=knowledge.progress,
+        )
+        return decoder, frozen(torch.zeros(1, *shape, device=device)).shape[1:]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A network as the attack sees it; all modules are the network's own."""
+
+    encoder: nn.Sequential
+    name: str  # of the first linear layer
+    first: nn.Linear
+    second: nn.Linear
+    third: nn.Linear
+
+
+def parted(model: nn.Module) -> Parts:
+    """Take a network apart.
+
+    Raises
+    ------
+    ValueError
+        If it is anything but convolutions with ReLU, and three linear layers with ReLU between.
+    """
+    layers = layers_of(model)
+    linear = {name: one for name, one in layers.items() if isinstance(one, nn.Linear)}
+    behind = [type(one) for one in list(layers.values())[-5:]]
+    if len(linear) != 3 or behind != [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]:
+        raise ValueError("the network must end in three linear layers with ReLU between; use cnn")
+    if any(one.bias is None for one in linear.values()):
+        raise ValueError("the linear layers must have biases; use cnn")
+    encoder = auto_encoder.encoder_of(list(layers.values())[:-5])
+    first, second, third = linear.values()
+    return Parts(encoder, next(iter(linear)), first, second, third)
+
+
+def cutoffs_of(brightness: Tensor, bins: int) -> Tensor:
+    """Return ``[bins]`` cut-offs at quantiles of the normal distribution fitted to a sample."""
+    quantiles = torch.linspace(OUTERMOST, 1 - OUTERMOST, bins, dtype=torch.float64)
+    sample = brightness.double()
+    return sample.mean() + sample.std() * normal_cutoffs(quantiles)
+
+
+def overwrite(parts: Parts, cutoffs: Tensor, generator: torch.Generator) -> None:
+    """Write the linear layers, at gain 1; the last one random, because equal rows would cancel."""
+    with torch.no_grad():
+        parts.first.weight.fill_(1 / parts.first.in_features)
+        parts.first.bias.copy_(-cutoffs)
+        parts.second.weight.fill_(1 / parts.second.in_features)
+        parts.second.bias.fill_(1 / parts.second.out_features)
+        for parameter in parts.third.parameters():
+            parameter.copy_(torch.rand(parameter.shape, generator=generator))
+
+
+def scale(parts: Parts, gain: float) -> None:
+    """Put the gain on the first linear layer, and its inverse on the second."""
+    with torch.no_grad():
+        parts.first.weight.mul_(gain)
+        parts.first.bias.mul_(gain)
+        parts.second.weight.div_(gain)
+
+
+def signal_gradient(parts: Parts, images: Tensor, labels: Tensor) -> float:
+    """Return ``mean_j |g_j|`` at gain 1: by how much one unit's signal moves an example's loss."""
+    with torch.no_grad():
+        signal = relu(parts.first(parts.encoder(images).flatten(1)))
+    signal.requires_grad_()
+    logits = parts.third(relu(parts.second(signal)))
+    (moved,) = torch.autograd.grad(cross_entropy(logits, labels, reduction="sum"), signal)
+    return max(float(moved[:, 0].abs().mean()), 1e-12)
+
+
+def read_codes(view: ServerView, parts: Parts) -> tuple[Tensor, Tensor]:
+    """Read the bins of one view.
+
+    Returns
+    -------
+    codes : Tensor
+        ``[m, D]`` float64, one for each occupied bin.
+    strength : Tensor
+        ``[m]``: by how much the bin's bias moved.
+
+    Raises
+    ------
+    ValueError
+        If these clients were sent other parameters.
+    """
+    if not torch.equal(
+        parts.first.weight, parts.first.weight[:1, :1].expand_as(parts.first.weight)
+    ):
+        raise ValueError(f"view {view.label} is of a model without bins to read")
+    update = view.update()
+    weight = update[f"{parts.name}.weight"].double()
+    bias = update[f"{parts.name}.bias"]
+    moved = _above(bias.double())
+    carrier = bias.abs().max()
+    if view.kind == "weights":
+        carrier = torch.maximum(carrier, view.sent[f"{parts.name}.bias"].abs().max())
+    # Never "!= 0": an empty bin's two sums may differ in the last digits.
+    floor = ROUNDING * torch.finfo(bias.dtype).eps * float(carrier)
+    occupied = (moved.abs() > floor).nonzero().flatten()
+    codes = _above(weight)[occupied] / moved[occupied].unsqueeze(1)
+    return codes, moved[occupied].abs()
+
+
+def _above(rows: Tensor) -> Tensor:
+    """Return each row less the one above it; above the last is nothing."""
+    return rows - torch.cat([rows[1:], torch.zeros_like(rows[:1])])
+
+
+def _most(view: ServerView, knowledge: Knowledge) -> int | None:
+    """Return how many images there can be, where the protocol reveals it."""
+    try:
+        return knowledge.num_examples(view)
+    except NotGranted:
+        return None
