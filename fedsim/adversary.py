@@ -10,7 +10,7 @@ from typing import Any, overload
 import torch
 
 from fedsim import reconstructions, seeds
-from fedsim.attack import Attack, Manipulation, Reconstruction
+from fedsim.attack import Active, Attack, Reconstruction
 from fedsim.audit.guard import run_sealed
 from fedsim.audit.vault import Vault
 from fedsim.data import split_test
@@ -114,7 +114,7 @@ def _reconstruct(parts: Parts, attack: Attack, folder: RunFolder, into: RunFolde
 
 def used_in_crafting(folder: RunFolder) -> set[str]:
     """Return the grants that made the capture what it is, whichever attack works on it."""
-    if not isinstance(Parts(folder.scenario).attack, Manipulation):
+    if not isinstance(Parts(folder.scenario).attack, Active):
         return set()
     told = folder.path / "federation.json"
     used = json.loads(told.read_text())["used"] if told.exists() else []

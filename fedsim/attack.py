@@ -130,7 +130,11 @@ class ModelToSend:
     places: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
-class Manipulation(Attack):
+class Active(Attack):
+    """Active: what clients get, or are asked, is not what an honest server would send."""
+
+
+class Manipulation(Active):
     """Active: also decides what each client receives.
 
     What an adaptive attack learned in earlier rounds it reads off ``knowledge.history``: it keeps

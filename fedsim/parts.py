@@ -16,6 +16,7 @@ from fedsim.data import DataSet, DataSpec, load_dataset, partition
 from fedsim.defense import Defense, TrainingPlan, guarantees
 from fedsim.errors import ScenarioError
 from fedsim.federation import build_strategy, least_share, unfit_strategy
+from fedsim.interception import Interception
 from fedsim.local import Local
 from fedsim.models import initial_model, is_buffer, travelling
 from fedsim.scenario import Scenario
@@ -215,6 +216,11 @@ def _check_adversary(parts: Parts) -> None:
     if isinstance(attack, Manipulation) and "manipulation" not in granted:
         remedy = f"{attack.name} changes the model that clients get; use F, G or H"
         raise ScenarioError("threat-model", scenario.threat_model, remedy)
+    if isinstance(attack, Interception):
+        try:
+            attack.check_channel(parts.channel, scenario.federation.clients)
+        except ValueError as error:
+            raise ScenarioError("channel", scenario.channel, str(error)) from error
 
 
 def _check_order(defenses: tuple[Defense, ...], text: str) -> None:

@@ -10,11 +10,12 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Protocol, cast
 
 from flwr.app import Array, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
+from fedsim.defense import REFUSED
 from fedsim.errors import RunFailed
 from fedsim.grid import GridWrapper
 from fedsim.spool import spooled
@@ -41,10 +42,26 @@ class Ledger:
     bytes_up: int = 0
     bytes_down: int = 0
     round_seconds: list[float] = field(default_factory=list)
+    rounds_aggregated: int = 0
+
+    def only_refusals(self) -> bool:
+        """Say whether clients refused the model, and nothing else went wrong with any client."""
+        known = [failure for failure in self.failures if failure["client"] is not None]
+        return bool(known) and all(REFUSED in str(failure["reason"]) for failure in known)
 
     def fail(self, client: int | None, reason: str) -> None:
         """Note that a client took no part in this round, and why."""
         self.failures.append({"round": self.round, "client": client, "reason": reason})
+
+
+class Tap(Protocol):
+    """A server's hand on the line: between what its channel's protocol says and the network."""
+
+    def outgoing(self, messages: list[Message]) -> list[Message]:
+        """Return what clients are sent instead."""
+
+    def incoming(self, replies: list[Message]) -> list[Message]:
+        """Return what the protocol is told instead of what clients answered."""
 
 
 class Population(GridWrapper):
@@ -63,6 +80,7 @@ class Population(GridWrapper):
         self.hosts: dict[int, int] = {}  # partition-id -> SuperNode
         self.partitions = 0
         self.folder = folder
+        self.tap: Tap | None = None
         self._spool: IO[bytes] | None = None
         self._replies: dict[str, Message] = {}
 
@@ -103,7 +121,8 @@ class Population(GridWrapper):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Deliver every message to the host of its client, a few at a time; return the replies."""
-        waiting = sorted(messages, key=lambda m: m.metadata.dst_node_id, reverse=True)
+        said = list(messages) if self.tap is None else self.tap.outgoing(list(messages))
+        waiting = sorted(said, key=lambda m: m.metadata.dst_node_id, reverse=True)
         deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
         window, pause = 2 * max(len(self.hosts), 1), 0.01
         outstanding: dict[str, Message] = {}
@@ -128,7 +147,8 @@ class Population(GridWrapper):
         for asked in [*outstanding.values(), *waiting]:
             client = client_of(asked.metadata.dst_node_id)
             self.ledger.fail(client, f"no answer within {self.timeout:g} s")
-        return sorted(replies, key=lambda m: m.metadata.src_node_id)
+        replies.sort(key=lambda m: m.metadata.src_node_id)
+        return replies if self.tap is None else self.tap.incoming(replies)
 
     def _push(self, messages: list[Message]) -> dict[str, Message]:
         asked: list[Message] = []

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedsim import reconstructions
 from fedsim.adversary import reconstruct, used_in_crafting
-from fedsim.attack import Manipulation
+from fedsim.attack import Active
 from fedsim.errors import ScenarioError
 from fedsim.parts import Parts, check
 from fedsim.registry import nearest
@@ -69,7 +69,7 @@ def _check_changes(changes: Mapping[str, Any]) -> None:
 def _check_capture(parts: Parts, run: RunFolder) -> None:
     """Refuse an attack that did not make this capture, or a letter that could not have."""
     text, letter = parts.scenario.attack, parts.scenario.threat_model
-    if isinstance(parts.attack, Manipulation) and parts.attack != Parts(run.scenario).attack:
+    if isinstance(parts.attack, Active) and parts.attack != Parts(run.scenario).attack:
         made_by = f"the capture was made by another attack ({run.scenario.attack})"
         raise ScenarioError("attack", text, f"{made_by}, and this one changes what clients get; "
                             "run it anew with fedsim run")  # fmt: skip

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
@@ -27,13 +27,15 @@ from fedsim.data import DataSpec, Split, split_test
 from fedsim.defense import Privacy, guarantees
 from fedsim.errors import RunFailed
 from fedsim.federation import Applied, Refereed, build_strategy
+from fedsim.interception import Interception
 from fedsim.models import build_model, load_arrays, travelling
 from fedsim.parts import Parts
-from fedsim.population import Ledger, Population
+from fedsim.population import Ledger, Population, Tap
 from fedsim.progress import Progress
 from fedsim.run_folder import RunFolder, plainly
 from fedsim.scenario import Scenario
 from fedsim.threat import Knowledge
+from fedsim.view import SavedViews
 
 
 def run(scenario: Scenario, grid: Grid, context: Context, folder: RunFolder) -> Path:
@@ -46,16 +48,19 @@ def run(scenario: Scenario, grid: Grid, context: Context, folder: RunFolder) -> 
     """
     parts = Parts(scenario)
     with plainly(folder):
-        federate(parts, grid, context, folder)
-    if parts.attack is not None:
+        answered = federate(parts, grid, context, folder)
+    if parts.attack is not None and answered:
         reconstruct(parts, parts.attack, folder)
     with plainly(folder):
         folder.gather_vault()
     return write_report(folder)
 
 
-def federate(parts: Parts, grid: Grid, context: Context, folder: RunFolder) -> None:
-    """Train; the server in its role saves what it sees; ``federation.json`` says what happened."""
+def federate(parts: Parts, grid: Grid, context: Context, folder: RunFolder) -> bool:
+    """Train; the server in its role saves what it sees; ``federation.json`` says what happened.
+
+    Returns whether anything reached the server: not where every client refused in every round.
+    """
     scenario = parts.scenario
     role, receipts, knowledge = _server(parts, folder)
     history = History(parts, Ledger(), receipts, knowledge)
@@ -66,6 +71,8 @@ def federate(parts: Parts, grid: Grid, context: Context, folder: RunFolder) -> N
 
     with closing(_population(parts, grid, history.ledger, folder)) as population:
         population.clients += parts.sybils
+        if isinstance(parts.attack, Interception):
+            population.tap = cast(Tap, role)
         behind = parts.channel.grid(population, context, scenario.federation.timeout)
         accuracy = _train(parts, role, population, behind, on_round, called="federation")
     history.seconds = time.perf_counter() - history.started
@@ -73,6 +80,17 @@ def federate(parts: Parts, grid: Grid, context: Context, folder: RunFolder) -> N
         accuracy["baseline_after"] = _baseline(parts, grid, folder)
     folder.write("federation.json", history.facts(accuracy))
     folder.event("federated", rounds=len(history.ledger.round_seconds))
+    if refused := _all_refused(parts, history.ledger, folder):
+        folder.event("refused", rounds=len(history.ledger.round_seconds))
+    return not refused
+
+
+def _all_refused(parts: Parts, ledger: Ledger, folder: RunFolder) -> bool:
+    """Say whether nothing of any client arrived because every one refused the model."""
+    arrived = ledger.rounds_aggregated
+    if parts.attack is not None:  # the upload of a sybil is nobody's
+        arrived = len(SavedViews(folder.path / "views"))
+    return not arrived and ledger.only_refusals()
 
 
 def _server(parts: Parts, folder: RunFolder) -> tuple[Strategy, list[str], Knowledge | None]:
@@ -91,6 +109,13 @@ def _server(parts: Parts, folder: RunFolder) -> tuple[Strategy, list[str], Knowl
             applied, views, kind, attack=parts.attack, knowledge=knowledge, seal=seal,
             clients=scenario.federation.clients,
         )  # fmt: skip
+        return role, role.receipts, knowledge
+    if isinstance(parts.attack, Interception):
+        seal = partial(run_sealed, paths=folder.sealed_paths(), readable=[views])
+        knowledge = build_knowledge(parts, folder, Progress("intercepting", "steps"))
+        role = registry.components("role")["interceptor"](
+            applied, views, kind, attack=parts.attack, knowledge=knowledge, seal=seal
+        )
         return role, role.receipts, knowledge
     role = registry.components("role")["eavesdropper"](applied, views, kind)
     return role, role.receipts, None
@@ -143,7 +168,8 @@ def _train(
         train_config=ConfigRecord({"model": scenario.model.name, **_told(parts.spec)}),
         evaluate_fn=evaluate,
     )
-    if not refereed.rounds_aggregated:
+    population.ledger.rounds_aggregated = refereed.rounds_aggregated
+    if not refereed.rounds_aggregated and not population.ledger.only_refusals():
         reasons = sorted({str(f["reason"]) for f in population.ledger.failures})
         raise RunFailed(f"no round had a usable reply: {'; '.join(reasons) or 'no reply at all'}")
     return {"before": measured.get(0), "after": measured.get(rounds), "baseline_after": None}

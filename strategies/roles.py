@@ -17,6 +17,7 @@ from flwr.serverapp.strategy import Strategy
 from fedsim.attack import Attack, Manipulation, ModelToSend
 from fedsim.errors import RunFailed
 from fedsim.federation import Wrapper, with_arrays
+from fedsim.interception import Interception, RoundTap, Upload
 from fedsim.placing import PLACES, record_of
 from fedsim.population import client_of, node_of
 from fedsim.registry import register
@@ -196,6 +197,83 @@ class Manipulator(Eavesdropper):
         received, prefix = reply.content.array_records["arrays"], self.crafted.prefix
         own = {name: received[prefix + name] for name in self.honest if prefix + name in received}
         return with_arrays(reply, ArrayRecord(own))
+
+
+@register("role", "interceptor")
+class Interceptor(Eavesdropper):
+    """An eavesdropper whose hand is on the line under its channel's protocol.
+
+    It is the :class:`~fedsim.population.Tap` of the federation's population.
+
+    Parameters
+    ----------
+    attack : Interception
+        Says, round by round, what goes over the line.
+    knowledge : Knowledge
+        What the attack may know.
+    seal : callable
+        ``seal(function, *args)`` runs attack code out of reach of what it must not see.
+    """
+
+    def __init__(
+        self,
+        inner: Strategy,
+        folder: Path,
+        kind: str,
+        *,
+        attack: Attack,
+        knowledge: Knowledge,
+        seal: Seal,
+    ) -> None:
+        super().__init__(inner, folder, kind)
+        if not isinstance(attack, Interception):
+            raise TypeError(f"{attack.name} has no hand in the protocol")
+        self.attack, self.knowledge, self.seal = attack, knowledge, seal
+        self.tap = RoundTap()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Send what the strategy sends, with the attack on the line from here on."""
+        self.tap = self.seal(self.attack.intercept, server_round, self.knowledge)
+        self.round = server_round
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def outgoing(self, messages: list[Message]) -> list[Message]:
+        """Let the attack rewrite what the protocol sends, and count to how many it lies."""
+        sent: list[Message] = self.seal(self.tap.outgoing, messages)
+        honest = {id(message) for message in messages}
+        if lies := sum(id(message) not in honest for message in sent):
+            self.receipts.append(f"lied to {lies}/{len(sent)} clients in round {self.round}")
+        return sent
+
+    def incoming(self, replies: list[Message]) -> list[Message]:
+        """Let the attack read what clients answer, and rewrite what the protocol is told."""
+        told: list[Message] = self.seal(self.tap.incoming, replies)
+        return told
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Save what the protocol should have hidden, then go on as an eavesdropper."""
+        uploads: dict[int, Upload] = self.seal(self.tap.uploads)
+        for client, upload in sorted(uploads.items()):
+            sent = self.sent[node_of(client)]
+            save_view(
+                self.folder,
+                ServerView(
+                    round=server_round,
+                    senders=(client,),
+                    model=str(sent.config_records["config"]["model"]),
+                    sent=tensors(sent.array_records["arrays"]),
+                    received=upload.received,
+                    kind="gradient" if self.kind == "gradient" else "weights",
+                    num_examples=upload.num_examples,
+                ),
+            )
+        if uploads:
+            self.receipts.append(f"unmasked {len(uploads)} uploads in round {server_round}")
+        return super().aggregate_train(server_round, replies)
 
 
 def tensors(arrays: ArrayRecord) -> dict[str, torch.Tensor]:

@@ -4,14 +4,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fedsim.attack import Manipulation, Reconstruction
+from fedsim.attack import Active, Manipulation, Reconstruction
 from fedsim.audit.schema import DefensePart, DefenseReceipts, Detection, Epsilon
 from fedsim.audit.vault import VaultRecord
 from fedsim.reconstructions import Facts
 from fedsim.registry import components
 
 _FIXED = {"name", "parameters", "changed", "cosine", "norm_ratio", "seconds"}
-_SENT = re.compile(r"sent a modified model to ([1-9]\d*)/")
+_ACTED = re.compile(r"(?:sent a modified model(?:, to each its own,)?|lied) to [1-9]\d*/")
 
 
 def defense_parts(
@@ -122,9 +122,9 @@ def idle_defense(parts: Sequence[DefensePart], federation: Mapping[str, Any]) ->
     return None
 
 
-def sent_modified(federation: Mapping[str, Any]) -> bool:
-    """Say whether any client was really sent a manipulated model."""
-    return any(_SENT.search(receipt) for receipt in federation.get("receipts") or [])
+def was_active(federation: Mapping[str, Any]) -> bool:
+    """Say whether any client was really sent a manipulated model, or lied to by the protocol."""
+    return any(_ACTED.search(receipt) for receipt in federation.get("receipts") or [])
 
 
 def idle_attack(
@@ -132,9 +132,10 @@ def idle_attack(
 ) -> str | None:
     """Say in what way an attack that was switched on did nothing."""
     kind = components("attack").get(name)
-    manipulates = isinstance(kind, type) and issubclass(kind, Manipulation)
-    if manipulates and not sent_modified(federation):
-        return f"attack {name!r} manipulates the model, yet no client was sent a modified one"
+    if isinstance(kind, type) and issubclass(kind, Active) and not was_active(federation):
+        if issubclass(kind, Manipulation):
+            return f"attack {name!r} manipulates the model, yet no client was sent a modified one"
+        return f"attack {name!r} breaks the channel's protocol, yet no client was lied to"
     if saved is None:
         return f"attack {name!r} left no reconstruction"
     reconstruction, facts = saved

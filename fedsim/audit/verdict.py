@@ -132,6 +132,8 @@ def _report(
 
 def _failed(run: Run, saved: Saved | None, opened: bool, parts: list[DefensePart]) -> str | None:
     """Say why a run that came to its end must not be believed."""
+    if run.refused:
+        return None  # nothing was uploaded: nobody could change or read anything
     idle = None
     if saved is not None:
         idle = receipts.idle_attack(saved[1].name, saved[:2], run.federation)
@@ -148,6 +150,10 @@ def _leak(
     notes: list[str],
 ) -> tuple[Leak, list[Example]]:
     """Measure the leak, adding to ``notes`` what a reader should know; or say why not."""
+    if saved is None and run.refused:
+        raise _NothingToJudge(
+            "every client refused the model that it was sent, and nothing reached the server"
+        )
     if saved is None:
         honest = "the server was honest and made no attack"
         raise _NothingToJudge(honest if run.attack is None else "there is no reconstruction")
@@ -303,7 +309,7 @@ def _examples(
 def _threat_model(run: Run, saved: Saved | None) -> ThreatModel:
     letter = str(run.scenario.get("threat-model", "A"))
     used = set(saved[1].used) if saved else set()
-    if receipts.sent_modified(run.federation):
+    if receipts.was_active(run.federation):
         used.add(Capability.MANIPULATION.value)
     return ThreatModel(
         letter=letter,

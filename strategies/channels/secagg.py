@@ -5,10 +5,14 @@ keys, shares and masks.  Flower drives it through its older workflow; here it be
 :class:`~flwr.serverapp.Grid` that answers a round of training with one message, so that any
 strategy can sit behind it, and a client mod that translates between the two.
 
-It protects against an honest-but-curious server only: Flower's client does not check that the
-lists of living and dropped clients are disjoint, keys are not authenticated, and masks come from
-a 32-bit seed.  Arrays are multiplied by ``num_examples / max_weight``, clipped to
-``[-clipping_range, clipping_range]`` and rounded stochastically to ``quantization_range`` steps.
+Flower's own clients are safe from an honest-but-curious server only: they do not check that the
+lists of living and dropped clients are disjoint, nor the threshold and the modulus they are told
+(the attack ``secagg-unmasking`` takes single uploads out).  ``strict=True`` makes clients refuse
+that, and models that differ from client to client (``secagg_strict.py``).  Keys are not
+authenticated and masks come from a 32-bit seed either way.
+
+Arrays are multiplied by ``num_examples / max_weight``, clipped to ``[-clipping_range,
+clipping_range]`` and rounded stochastically to ``quantization_range`` steps.
 """
 
 from collections.abc import Iterable
@@ -39,7 +43,7 @@ from flwr.common import (
     ndarrays_to_parameters,
     parameters_to_ndarrays,
 )
-from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key
+from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key, Stage
 from flwr.compat.common import recorddict_compat
 from flwr.server import LegacyContext
 from flwr.server.strategy import FedAvg as LegacyFedAvg
@@ -55,6 +59,7 @@ from fedsim.models import is_buffer, is_index
 from fedsim.placing import places_in, whole_shape
 from fedsim.population import Population, client_of
 from fedsim.registry import register
+from strategies.channels import secagg_strict
 
 LARGEST_SUM = 2**32  # Flower's modulus: quantized sums that reach it wrap around
 
@@ -77,6 +82,11 @@ class SecAgg(Channel):
         Weighted values are clipped to plus or minus this.
     quantization_range : int
         Number of steps between the two.
+    strict : bool
+        Clients refuse what an honest server never asks for; ``threshold`` must then be more than
+        half of the shares.
+    min_cohort : int or None
+        Among how many, itself included, a strict client wants to be summed; 3 when None.
     """
 
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.6
@@ -84,8 +94,26 @@ class SecAgg(Channel):
     max_weight: Annotated[float, Field(gt=0)] = 1000.0
     clipping_range: Annotated[float, Field(gt=0)] = 8.0
     quantization_range: Annotated[int, Field(ge=2)] = 2**22
+    strict: bool = False
+    min_cohort: Annotated[int, Field(ge=2)] | None = None
 
     aggregates = True
+
+    def __post_init__(self) -> None:
+        if self.min_cohort is not None and not self.strict:
+            raise ValueError("nobody looks at min_cohort unless strict=True; add it")
+
+    def shares(self, clients: int) -> tuple[int, int]:
+        """Return into how many shares a cohort's seeds go, and how many recover one.
+
+        As Flower's server counts: ``secaggplus_workflow.setup_stage``.
+        """
+        shares = round(self.num_shares * clients)
+        if shares < clients and shares % 2 == 0:
+            shares += 1
+        shares = clients if shares <= 2 else shares
+        return shares, max(round(self.threshold * shares), 2)
+
     masks = True
 
     def check(self, clients: int, largest_weight: int) -> None:
@@ -105,6 +133,26 @@ class SecAgg(Channel):
                 f"max_weight={self.max_weight:g} cannot weigh the client that will train on "
                 f"{largest_weight} examples a round; let max_weight be at least {largest_weight}"
             )
+        if self.strict:
+            self._check_strict(clients)
+
+    def _check_strict(self, clients: int) -> None:
+        shares, threshold = self.shares(clients)
+        if 2 * threshold <= shares:
+            raise ValueError(
+                f"strict clients refuse a threshold of {threshold} of {shares} shares, which is "
+                f"not more than half; let threshold be at least {(shares // 2 + 1) / shares:.3g}"
+            )
+        if shares < self.smallest_cohort:
+            raise ValueError(
+                f"strict clients want to be one of {self.smallest_cohort}, and each would share "
+                f"with {shares}; use more clients, or a larger num_shares, or lower min_cohort"
+            )
+
+    @property
+    def smallest_cohort(self) -> int:
+        """Among how many a strict client wants to be summed."""
+        return 3 if self.min_cohort is None else self.min_cohort
 
     def grid(self, inner: Population, context: Context, timeout: float) -> Grid:
         """Return a grid that runs the protocol for training messages."""
@@ -112,9 +160,22 @@ class SecAgg(Channel):
 
     def client(self, msg: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Answer the protocol's stages; train only in the one that asks for it."""
-        return secaggplus_mod(
-            msg, context, lambda m, c: _train_in_old_form(m, c, call_next, self.max_weight)
-        )
+
+        def answer(msg: Message, context: Context) -> Message:
+            return secaggplus_mod(
+                msg, context, lambda m, c: _train_in_old_form(m, c, call_next, self.max_weight)
+            )
+
+        if not self.strict:
+            return answer(msg, context)
+        terms = {
+            Key.CLIPPING_RANGE: self.clipping_range,
+            Key.TARGET_RANGE: self.quantization_range,
+            Key.MOD_RANGE: LARGEST_SUM,
+            Key.MAX_WEIGHT: self.max_weight,
+        }
+        rules = secagg_strict.Rules(terms, self.smallest_cohort)
+        return secagg_strict.guarded(msg, context, answer, rules)
 
     def figures(self) -> dict[str, Any]:
         """Return the protocol's constants."""
@@ -207,7 +268,7 @@ def _without_absent(state: WorkflowState) -> bool:
     return True
 
 
-def _uploads(asked: Message) -> list[dict[str, tuple[int, ...]]]:
+def possible_uploads(asked: Message) -> list[dict[str, tuple[int, ...]]]:
     """Return the names and shapes that may come back: all that was sent, or parameters only."""
     arrays, places = asked.content.array_records["arrays"], places_in(asked.content)
     full = {
@@ -224,18 +285,29 @@ class _Vetted:
 
     inner: Population
     uploads: list[dict[str, tuple[int, ...]]]
+    to_commit: dict[int, RecordDict] | None = None  # what strict clients are going to be sent
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
         """Deliver, and return the replies that the workflow can read."""
-        kept = []
+        messages, kept = list(messages), []
+        if self.to_commit is not None:
+            self._commit(messages, self.to_commit)
         for reply in self.inner.send_and_receive(messages, timeout=timeout):
             if reason := self._broken(reply):
                 self.inner.ledger.fail(client_of(reply.metadata.src_node_id), reason)
             else:
                 kept.append(reply)
         return kept
+
+    def _commit(self, messages: list[Message], contents: dict[int, RecordDict]) -> None:
+        """Say in the stage before, to each client, which model it is going to get."""
+        known: dict[int, bytes] = {}
+        for message in messages:
+            if message.content.config_records[RECORD_KEY_CONFIGS][Key.STAGE] == Stage.SHARE_KEYS:
+                model = secagg_strict.digest(contents[message.metadata.dst_node_id], known)
+                message.content[secagg_strict.COMMITMENT] = ConfigRecord({"digest": model})
 
     def _broken(self, reply: Message) -> str | None:
         told = reply.content.config_records.get(RECORD_KEY_CONFIGS)
@@ -288,7 +360,11 @@ class SecAggGrid(GridWrapper):
         plain = Context(self.context.run_id, self.context.node_id, {}, state, {})
         # Flower shuffles who is whose neighbor: a round that clients drop out of must repeat too.
         seed = seeds.derive(cast(int, self.context.run_config["seed"]), "secagg", self.rounds)
-        vetted = cast(Grid, _Vetted(self.inner, _uploads(messages[0])))
+        uploads, to_commit = (
+            possible_uploads(messages[0]),
+            contents if self.settings.strict else None,
+        )
+        vetted = cast(Grid, _Vetted(self.inner, uploads, to_commit))
         with seeds.seeded_globals(seed):
             workflow(vetted, LegacyContext(plain, strategy=cohort))
         if not cohort.results:
@@ -300,7 +376,7 @@ class SecAggGrid(GridWrapper):
 
     def _aggregate(self, asked: Message, cohort: _Cohort) -> Message:
         arrays = parameters_to_ndarrays(cohort.results[0][1].parameters)
-        shapes = next(upload for upload in _uploads(asked) if len(upload) == len(arrays))
+        shapes = next(upload for upload in possible_uploads(asked) if len(upload) == len(arrays))
         total = sum(result.num_examples for _, result in cohort.results)
         senders = sorted(client_of(proxy.node_id) for proxy, _ in cohort.results)
         mean = {
