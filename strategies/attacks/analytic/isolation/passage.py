@@ -108,7 +108,7 @@ def clear(model: nn.Module, passage: Passage, generator: torch.Generator) -> Non
         If a convolution has too few filters, too small a kernel, groups, or no bias.
     """
     carried = list(range(_shape(model)[0]))
-    scale, offset = torch.ones(len(carried)), torch.zeros(len(carried))
+    scale, offset = _as_it_is(carried)
     if passage.convolutions:
         scale, offset = _affine_of(model, passage.convolutions[0])
     for name in passage.convolutions:
@@ -117,7 +117,12 @@ def clear(model: nn.Module, passage: Passage, generator: torch.Generator) -> Non
         _refuse_unfit(name, convolution, len(carried))
         with torch.no_grad():
             carried = _lead_through(convolution, carried, scale, offset, generator)
-        scale, offset = torch.ones(len(carried)), torch.zeros(len(carried))
+        scale, offset = _as_it_is(carried)
+
+
+def _as_it_is(channels: list[int]) -> tuple[Tensor, Tensor]:
+    ones = torch.ones(len(channels), dtype=torch.float64)
+    return ones, torch.zeros_like(ones)
 
 
 def _affine_of(model: nn.Module, name: str) -> tuple[Tensor, Tensor]:
@@ -154,9 +159,10 @@ def _lead_through(
     weight, bias = convolution.weight, convolution.bias
     assert bias is not None
     fan = weight[0].numel()
-    silent = -torch.randn(weight.shape, generator=generator).abs() / fan**0.5
-    per_input = torch.ones(weight.shape[1])
-    shift = torch.zeros(weight.shape[1])
+    draw = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+    silent = -draw.abs() / fan**0.5
+    per_input = torch.ones(weight.shape[1], dtype=torch.float64)
+    shift = torch.zeros_like(per_input)
     per_input[carried], shift[carried] = 1 / scale, -offset / scale
     # On pixels undone to [0, 1], negative weights give nothing above zero.
     weight.copy_(silent * per_input.view(1, -1, 1, 1))
