@@ -22,7 +22,7 @@ from torch import nn
 from fedsim import seeds
 from fedsim.audit.vault import VaultRecord, deposit
 from fedsim.data import DataSpec, Split, load_dataset
-from fedsim.defense import Batch, ClientContext, Defense, Tensors
+from fedsim.defense import REFUSED, Batch, ClientContext, Defense, Tensors
 from fedsim.local import LocalData
 from fedsim.models import build_model, load_arrays, uploaded_names
 from fedsim.parts import Parts
@@ -219,7 +219,7 @@ def _inspect(
         verdict = defense.inspect(copy.deepcopy(model), received, probe, ctx)
         checks.update(verdict.checks)
         if not verdict.accept:
-            reason = f"{defense.name} refused the model: {verdict.reason}"
+            reason = f"{defense.name} {REFUSED}: {verdict.reason}"
             nothing = torch.empty(0, dtype=torch.int64)
             refusal = VaultRecord(ctx.client, ctx.round, torch.empty(0, 0, 0, 0), nothing, nothing)
             deposit(vault, dataclasses.replace(refusal, refused=reason, checks=checks))

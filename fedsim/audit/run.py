@@ -60,6 +60,11 @@ class Run:
         found = registry.parse(str(self.scenario.get("attack", "none")), "attack")
         return found[0] if found else None
 
+    @property
+    def refused(self) -> bool:
+        """Whether every client refused the model that it was sent, in every round."""
+        return any(event.get("event") == "refused" for event in self.events)
+
     def stopped(self) -> str | None:
         """Say where the run ended before its time, or None."""
         written = [event for event in self.events if event.get("event") != "finished"]
@@ -69,7 +74,7 @@ class Run:
             return f"it stopped before its first round was done{last}"
         if rounds is not None and done is not None and done < rounds:
             return f"it stopped after round {done} of {rounds}{last}"
-        attacked = self.attack is None or self.reconstruction(None) is not None
+        attacked = self.attack is None or self.refused or self.reconstruction(None) is not None
         if not attacked and not any(event.get("event") == "reconstructed" for event in written):
             return f"it stopped before its attack was done{last}"
         return None
