@@ -219,7 +219,7 @@ def _inspect(
         verdict = defense.inspect(copy.deepcopy(model), received, probe, ctx)
         checks.update(verdict.checks)
         if not verdict.accept:
-            reason = f"{defense.name} {REFUSED}: {verdict.reason}"
+            reason = f"{defense.name} {REFUSED} model: {verdict.reason}"
             nothing = torch.empty(0, dtype=torch.int64)
             refusal = VaultRecord(ctx.client, ctx.round, torch.empty(0, 0, 0, 0), nothing, nothing)
             deposit(vault, dataclasses.replace(refusal, refused=reason, checks=checks))

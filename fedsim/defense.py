@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from fedsim.attack import Paper, ToyCase
 
 Place = Literal["gradient", "update"]
-#: How a client's failure reads when one of its defenses refused the model.
-REFUSED = "refused the model"
+#: How a client's failure reads when it refused what the server sent or asked.
+REFUSED = "refused the"
 Tensors = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor]
 

@@ -45,7 +45,7 @@ class Ledger:
     rounds_aggregated: int = 0
 
     def only_refusals(self) -> bool:
-        """Say whether clients refused the model, and nothing else went wrong with any client."""
+        """Say whether clients refused, and nothing else went wrong with any of them."""
         known = [failure for failure in self.failures if failure["client"] is not None]
         return bool(known) and all(REFUSED in str(failure["reason"]) for failure in known)
 

@@ -86,7 +86,7 @@ def federate(parts: Parts, grid: Grid, context: Context, folder: RunFolder) -> b
 
 
 def _all_refused(parts: Parts, ledger: Ledger, folder: RunFolder) -> bool:
-    """Say whether nothing of any client arrived because every one refused the model."""
+    """Say whether nothing of any client arrived because every one refused."""
     arrived = ledger.rounds_aggregated
     if parts.attack is not None:  # the upload of a sybil is nobody's
         arrived = len(SavedViews(folder.path / "views"))

@@ -62,7 +62,7 @@ class Run:
 
     @property
     def refused(self) -> bool:
-        """Whether every client refused the model that it was sent, in every round."""
+        """Whether every client refused what it was sent or asked, in every round."""
         return any(event.get("event") == "refused" for event in self.events)
 
     def stopped(self) -> str | None:

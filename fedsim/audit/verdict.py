@@ -152,7 +152,7 @@ def _leak(
     """Measure the leak, adding to ``notes`` what a reader should know; or say why not."""
     if saved is None and run.refused:
         raise _NothingToJudge(
-            "every client refused the model that it was sent, and nothing reached the server"
+            "every client refused what it was sent or asked, and the server could read nothing"
         )
     if saved is None:
         honest = "the server was honest and made no attack"

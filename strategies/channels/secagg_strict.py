@@ -47,6 +47,8 @@ from flwr.common.secure_aggregation.secaggplus_constants import (
     Stage,
 )
 
+from fedsim.defense import REFUSED
+
 #: The record by which the server commits to a model, and a client's own memory of the round.
 COMMITMENT = "secagg-model"
 MEMORY = "secagg-strict"
@@ -101,7 +103,7 @@ def guarded(msg: Message, context: Context, answer: ClientAppCallable, rules: Ru
         return _answered(msg, context, answer, rules)
     except Refused as refusal:
         memory["refused"] = str(refusal)
-        reason = f"secagg(strict=True) refused: {refusal}"
+        reason = f"secagg(strict=True) {REFUSED} round: {refusal}"
         return Message(Error(ErrorCode.MOD_FAILED_PRECONDITION, reason), reply_to=msg)
 
 

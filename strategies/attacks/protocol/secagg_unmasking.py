@@ -77,8 +77,6 @@ class SecAggUnmasking(Interception):
         ``split``: some are told the one and some the other, so that no single client can see the
         lie; this wants two sets of neighbors that can each recover a seed, and the server lowers
         the threshold that it tells clients as far as that takes.
-    start : int
-        First round in which the server lies; before, it plays by the rules.
     """
 
     paper: ClassVar[Paper] = Paper(
@@ -110,7 +108,6 @@ class SecAggUnmasking(Interception):
         default_factory=lambda: [0]
     )
     lists: Lists = "overlapping"
-    start: Annotated[int, Field(ge=1)] = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.passive, Active):
@@ -152,11 +149,9 @@ class SecAggUnmasking(Interception):
                 "the other; lists='split' needs a threshold below 1"
             )
 
-    def intercept(self, server_round: int, knowledge: Knowledge) -> RoundTap:
-        """Return a tap that lies, from ``start`` on."""
+    def intercept(self, server_round: int, knowledge: Knowledge) -> RoundTap:  # noqa: ARG002
+        """Return a tap that lies."""
         knowledge.require(Capability.MANIPULATION)
-        if server_round < self.start:
-            return RoundTap()
         nodes = None if self.victims is None else frozenset(map(node_of, self.victims))
         return Unmasking(nodes, self.lists)
 

@@ -137,13 +137,15 @@ def test_who_really_drops_out_is_recovered_and_not_unmasked(
         assert torch.allclose(array, own.mean(dim=0), atol=1e-12)
 
 
-def test_it_plays_by_the_rules_until_it_starts(tmp_path: Path) -> None:
-    ran = federated(
-        tmp_path, {"attack": "secagg-unmasking(start=2)", "federation.rounds": 2, **PLAIN}
-    )
-    assert [view.label for view in ran.views] == [
-        "round-1-aggregate-of-4", "round-2-client-0", "round-2-aggregate-of-4",
-    ]  # fmt: skip
+def test_a_round_without_its_victim_leaves_the_sum(tmp_path: Path) -> None:
+    """Of 8 clients 4 train: where client 0 is not among them, the passive attack gets the sum."""
+    half = {"federation.clients": 8, "federation.fraction": 0.5, "federation.rounds": 4}
+    ran = federated(tmp_path, {"attack": ONE, **PLAIN, **half})
+    there = {view.round for view in sums(ran) if 0 in view.senders}
+    assert {r for _, r in unmasked(ran)} == there
+    assert 0 < len(there) < 4
+    lied = [line for line in ran.federation["receipts"] if line.startswith("lied")]
+    assert lied == [f"lied to 4/4 clients in round {r}" for r in sorted(there)]
 
 
 def test_another_passive_attack_works_on_the_capture_and_needs_its_letter(tmp_path: Path) -> None:
