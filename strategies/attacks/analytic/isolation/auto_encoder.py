@@ -116,3 +116,11 @@ def decoded(decoder: nn.Module, maps: Tensor, device: torch.device) -> Tensor:
     """Return images ``[N, C, H, W]`` in ``[0, 1]`` of maps ``[N, F, h, w]``, on the CPU."""
     with torch.no_grad():
         return torch.cat([decoder(part.to(device)).cpu() for part in torch.split(maps, AT_ONCE)])
+
+
+def maps_of(encoder: nn.Sequential, shape: tuple[int, int, int]) -> torch.Size:
+    """Return the shape ``[F, h, w]`` of the maps of an image of ``shape``."""
+    own = next(encoder.parameters())
+    with torch.no_grad():
+        one: Tensor = encoder(torch.zeros(1, *shape, dtype=own.dtype, device=own.device))
+    return one.shape[1:]

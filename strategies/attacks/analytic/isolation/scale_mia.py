@@ -28,7 +28,7 @@ that views can be read later and elsewhere.  Rounds after the first send what th
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -44,7 +44,7 @@ from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
 from strategies.attacks.analytic.isolation import auto_encoder
 from strategies.attacks.analytic.isolation import gain as gains
-from strategies.attacks.analytic.isolation.bins import normal_cutoffs
+from strategies.attacks.analytic.isolation.bins import empirical_cutoffs, normal_cutoffs
 from strategies.attacks.analytic.isolation.layers import layers_of
 
 # The outermost cut-offs, as quantiles of the fitted normal distribution; the authors' own.
@@ -69,12 +69,14 @@ class ScaleMIA(Manipulation):
     ----------
     epochs : int
         Of the auto-encoder, and again of the decoder.
+    bins : {"empirical", "normal"}
+        Cut-offs at the quantiles of the surrogate codes' brightness itself, or of the normal
+        distribution fitted to it, from 0.001 to 0.999, as the authors do.
     gain : float or None
         Factor on the first linear layer (its inverse on the second).  None: worked out on surrogate
         data, so that the update survives Flower's SecAgg+ (``gain.py``).
 
-    Fails where clients take more than one local step (rows and codes move), on surrogate data of
-    another domain, with BatchNorm in the encoder, and under noise.
+    Fails on surrogate data of another domain, with BatchNorm in the encoder, and under noise.
     """
 
     paper: ClassVar[Paper] = Paper(
@@ -98,7 +100,7 @@ class ScaleMIA(Manipulation):
     toy: ClassVar[ToyCase] = ToyCase(
         scenario={
             "threat-model": "G",
-            "attack": "scale-mia(epochs=10)",
+            "attack": "scale-mia(epochs=20)",
             "data.dataset": "photo-tiles",
             "model.name": "cnn(hidden=[256, 64])",
             "federation.clients": 4,
@@ -112,6 +114,7 @@ class ScaleMIA(Manipulation):
     unit: ClassVar[str] = "epochs"
 
     epochs: Annotated[int, Field(ge=1)] = 30
+    bins: Literal["empirical", "normal"] = "empirical"
     gain: Annotated[float, Field(gt=0)] | None = None
 
     def check(self, model: nn.Module, kind: str) -> None:  # noqa: ARG002
@@ -143,11 +146,19 @@ class ScaleMIA(Manipulation):
             tell=knowledge.progress,
         )
         codes = auto_encoder.encoded(parts.encoder, split, device).flatten(1)
-        cutoffs = cutoffs_of(codes.mean(dim=1), parts.first.out_features)
+        cutoffs = self._cutoffs(codes.double().mean(dim=1), parts.first.out_features)
         overwrite(parts, cutoffs, knowledge.generator("scale-mia", "last layer"))
         scale(parts, self.gain or self._calibrated(parts, split, knowledge))
         model.to("cpu", next(iter(arrays.values())).dtype)
         return ModelToSend(expression, travelling(model))
+
+    def _cutoffs(self, brightness: Tensor, count: int) -> Tensor:
+        """Return ``[count]`` cut-offs for a sample of brightness ``[N]``, float64."""
+        if self.bins == "empirical":
+            quantiles = torch.linspace(0, 1, count + 1, dtype=torch.float64)
+            return empirical_cutoffs(brightness, quantiles)[:-1]
+        quantiles = torch.linspace(OUTERMOST, 1 - OUTERMOST, count, dtype=torch.float64)
+        return brightness.mean() + brightness.std() * normal_cutoffs(quantiles)
 
     def _calibrated(self, parts: "Parts", split: Split, knowledge: Knowledge) -> float:
         """Work out the gain on surrogate examples (``gain.py``); one local step is FedSGD's."""
@@ -162,18 +173,18 @@ class ScaleMIA(Manipulation):
         """Read every occupied bin of every view, and decode; at most as many as are examples."""
         started = time.perf_counter()
         shape = knowledge.basics.data.shape
-        decoders: dict[bytes, tuple[nn.Module, torch.Size]] = {}
+        decoders: dict[bytes, nn.Module] = {}
         found, scores, sources, receipts = [], [], [], []
         for index, view in enumerate(views):
             parts = parted(knowledge.model(view))
             sent = b"".join(p.detach().cpu().numpy().tobytes() for p in parts.encoder.parameters())
             if sent not in decoders:
-                decoders[sent] = self._decoder(parts.encoder, knowledge)
-            decoder, maps = decoders[sent]
+                decoders[sent] = fitted_decoder(parts.encoder, knowledge, self.epochs)
             codes, strength = read_codes(view, parts)
             best = strength.argsort(descending=True, stable=True)[: _most(view, knowledge)]
+            maps = auto_encoder.maps_of(parts.encoder, shape)
             kept = codes[best].clamp_min(0).float().view(-1, *maps)
-            found.append(auto_encoder.decoded(decoder, kept, knowledge.device))
+            found.append(auto_encoder.decoded(decoders[sent], kept, knowledge.device))
             scores.append(strength[best].float())
             sources.append(torch.full((len(best),), index))
             receipts.append(
@@ -188,25 +199,23 @@ class ScaleMIA(Manipulation):
             receipts=tuple(receipts),
         )
 
-    def _decoder(
-        self, encoder: nn.Sequential, knowledge: Knowledge
-    ) -> tuple[nn.Module, torch.Size]:
-        """Fit a decoder to an encoder as it was sent; return it, and the shape of the maps."""
-        shape, device = knowledge.basics.data.shape, knowledge.device
-        frozen = encoder.float().requires_grad_(False)
-        generator = knowledge.generator("scale-mia", "decoder")
-        decoder = auto_encoder.mirrored(frozen.cpu(), shape, generator).to(device)
-        frozen.to(device)
-        auto_encoder.train(
-            frozen,
-            decoder,
-            knowledge.surrogate,
-            epochs=self.epochs,
-            generator=generator,
-            device=device,
-            tell=knowledge.progress,
-        )
-        return decoder, frozen(torch.zeros(1, *shape, device=device)).shape[1:]
+
+def fitted_decoder(encoder: nn.Sequential, knowledge: Knowledge, epochs: int) -> nn.Module:
+    """Fit a decoder on surrogate data to an encoder as it was sent, which stays as it is."""
+    shape, device = knowledge.basics.data.shape, knowledge.device
+    frozen = encoder.float().requires_grad_(False)
+    generator = knowledge.generator("scale-mia", "decoder")
+    decoder = auto_encoder.mirrored(frozen.cpu(), shape, generator).to(device)
+    auto_encoder.train(
+        frozen.to(device),
+        decoder,
+        knowledge.surrogate,
+        epochs=epochs,
+        generator=generator,
+        device=device,
+        tell=knowledge.progress,
+    )
+    return decoder
 
 
 @dataclass(frozen=True)
@@ -238,13 +247,6 @@ def parted(model: nn.Module) -> Parts:
     encoder = auto_encoder.encoder_of(list(layers.values())[:-5])
     first, second, third = linear.values()
     return Parts(encoder, next(iter(linear)), first, second, third)
-
-
-def cutoffs_of(brightness: Tensor, bins: int) -> Tensor:
-    """Return ``[bins]`` cut-offs at quantiles of the normal distribution fitted to a sample."""
-    quantiles = torch.linspace(OUTERMOST, 1 - OUTERMOST, bins, dtype=torch.float64)
-    sample = brightness.double()
-    return sample.mean() + sample.std() * normal_cutoffs(quantiles)
 
 
 def overwrite(parts: Parts, cutoffs: Tensor, generator: torch.Generator) -> None:
