@@ -27,6 +27,7 @@ from fedsim.data import DataSpec, Split, split_test
 from fedsim.defense import Privacy, guarantees
 from fedsim.errors import RunFailed
 from fedsim.federation import Applied, Refereed, build_strategy
+from fedsim.isolation import parent as isolation
 from fedsim.models import build_model, load_arrays, travelling
 from fedsim.parts import Parts
 from fedsim.population import Ledger, Population
@@ -45,6 +46,8 @@ def run(scenario: Scenario, grid: Grid, context: Context, folder: RunFolder) -> 
         When the run must not be believed, or could not go on; what it had saved stays.
     """
     parts = Parts(scenario)
+    if parts.attack is not None:
+        isolation.prepare(parts.attack)  # it loads its libraries while clients train
     with plainly(folder):
         federate(parts, grid, context, folder)
     if parts.attack is not None:
@@ -84,7 +87,7 @@ def _server(parts: Parts, folder: RunFolder) -> tuple[Strategy, list[str], Knowl
         return applied, [], None
     views, kind = folder.path / "views", parts.local.kind
     if isinstance(parts.attack, Manipulation):
-        seal = partial(run_sealed, paths=folder.sealed_paths(), readable=[views])
+        seal = partial(run_sealed, paths=folder.sealed_paths())
         knowledge = build_knowledge(parts, folder, Progress("crafting", "steps"))
         role = registry.components("role")["manipulator"](
             applied, views, kind, attack=parts.attack, knowledge=knowledge, seal=seal

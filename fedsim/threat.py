@@ -9,6 +9,7 @@ report.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +115,7 @@ class Knowledge:
         threat_model: str,
         *,
         data: DataSpec,
-        training: TrainingDetails,
+        training: TrainingDetails | None,
         seed: int,
         device: torch.device,
         batchnorm: str = "frozen",
@@ -137,6 +138,12 @@ class Knowledge:
         self._surrogate = surrogate if Capability.SURROGATE in has else None
         self._statistics = statistics if Capability.STATISTICS in has else None
         self._oracles = dict(oracles or {})
+
+    def told(self) -> dict[str, Any]:
+        """Return what any attack holds from the start: the task that clients' models are built
+        for, which every message to them carries, and a seed of its own.
+        """
+        return {"spec": self._data, "seed": self._seed}
 
     @property
     def threat_model(self) -> str:
