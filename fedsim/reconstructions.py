@@ -97,8 +97,8 @@ def unpack(facts: Mapping[str, Any], content: bytes) -> Reconstruction:
     Exception
         Of whatever kind, if it is not that.
     """
-    counted = {field.name: int(facts[field.name]) for field in dataclasses.fields(Cost)}
-    cost = Cost(**{**counted, "seconds": float(facts["seconds"])})
+    counts = ("gradient_evaluations", "parameters_added", "bytes_added")
+    cost = Cost(float(facts["seconds"]), *(int(facts[name]) for name in counts))
     receipts = tuple(str(receipt) for receipt in facts["receipts"])
     return Reconstruction(**from_bytes(content), cost=cost, receipts=receipts)
 
