@@ -3,59 +3,29 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 
 from fedsim import reconstructions, seeds
-from fedsim.attack import Active, Attack, Reconstruction
-from fedsim.audit.guard import run_sealed
+from fedsim.attack import Active, Attack
 from fedsim.audit.vault import Vault
 from fedsim.data import split_test
 from fedsim.errors import RunFailed
+from fedsim.isolation import parent as isolation
+from fedsim.isolation.walls import walls
 from fedsim.parts import Parts
 from fedsim.progress import Progress
 from fedsim.run_folder import RunFolder, plainly
 from fedsim.threat import THREAT_MODELS, Capability, Knowledge, Statistics
-from fedsim.view import SavedViews, ServerView
-
-
-class BlankedViews(Sequence[ServerView]):
-    """Views without the number of examples, which an attack asks its knowledge for.
-
-    ``read`` returns one view by its position; it keeps the files to itself.
-    """
-
-    def __init__(self, read: Callable[[int], ServerView], count: int) -> None:
-        self._read, self._count = read, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, index: int) -> ServerView: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[ServerView]: ...
-    def __getitem__(self, index: int | slice) -> ServerView | list[ServerView]:
-        if isinstance(index, slice):
-            return [self._read(at) for at in range(self._count)[index]]
-        return self._read(range(self._count)[index])
-
-
-def _blanked(saved: SavedViews, knowledge: Knowledge) -> BlankedViews:
-    def read(index: int) -> ServerView:
-        knowledge.require(Capability.UPDATES)
-        return dataclasses.replace(saved[index], num_examples=None)
-
-    return BlankedViews(read, len(saved))
+from fedsim.view import SavedViews
 
 
 def reconstruct(
     parts: Parts, attack: Attack, folder: RunFolder, into: RunFolder | None = None
 ) -> Path:
-    """Let an attack work on the saved views, sealed off from the truth; save what it made.
+    """Let an attack work on the saved views, in a process of its own; save what it made.
 
     ``into`` is where to save it, where that is not the run's own folder.
 
@@ -75,22 +45,12 @@ def _reconstruct(parts: Parts, attack: Attack, folder: RunFolder, into: RunFolde
     saved = SavedViews(folder.path / "views")
     if not len(saved):
         raise RunFailed("the server saw no upload: there is nothing to reconstruct from")
+    isolation.prepare(attack)
     facts = saved.facts()
     knowledge = build_knowledge(parts, folder, Progress(attack.name, attack.unit), attack)
     started = time.perf_counter()
-    try:
-        result: object = run_sealed(
-            attack.reconstruct,
-            _blanked(saved, knowledge),
-            knowledge,
-            paths=folder.sealed_paths(),
-            readable=[folder.path / "views"],
-        )
-    except ValueError as error:
-        raise RunFailed(f"{attack.name} cannot work on these views: {error}") from error
+    result = isolation.reconstruct(attack, saved, knowledge, walls(parts, folder))
     seconds = time.perf_counter() - started
-    if not isinstance(result, Reconstruction):
-        raise RunFailed(f"{attack.name} returned {type(result).__name__}, not a Reconstruction")
     cost = dataclasses.replace(result.cost, seconds=seconds)
     told = reconstructions.Facts(
         expression=parts.scenario.attack,

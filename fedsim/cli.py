@@ -35,8 +35,12 @@ def run(
     engine: Annotated[Engine, typer.Option(help="Where clients run.")] = Engine.INLINE,
 ) -> None:
     """Run a scenario; the last line printed is the report's path."""
+    from fedsim.isolation import start
+
     scenario = _scenario(file, overrides)
     command = shlex.join(["fedsim", *sys.argv[1:]])
+    if engine is Engine.INLINE and scenario.attack not in ("", "none"):
+        start.SERVER.start()
     if engine is Engine.SIMULATION:
         from fedsim.engines.simulation import run_simulation
 
@@ -77,6 +81,9 @@ def attack(
     ] = None,
 ) -> None:
     """Try another attack on the views that a run saved; the run's own report stays."""
+    from fedsim.isolation import start
+
+    start.SERVER.start()
     from fedsim.reattack import attack_again
     from fedsim.run import write_report
     from fedsim.run_folder import RunFolder

@@ -10,13 +10,16 @@ import io
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
@@ -73,22 +76,43 @@ def save(folder: Path, reconstruction: Reconstruction, facts: Facts) -> Path:
     """
     _check(reconstruction, facts)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {"examples": reconstruction.examples, "views": reconstruction.views}
-    if reconstruction.labels is not None:
-        tensors["labels"] = reconstruction.labels
-    if reconstruction.scores is not None:
-        tensors["scores"] = reconstruction.scores
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    told = {
-        **dataclasses.asdict(facts),
-        **dataclasses.asdict(reconstruction.cost),
-        "receipts": list(reconstruction.receipts),
-    }
+    told = json.dumps({**dataclasses.asdict(facts), **_told(reconstruction)})
     path = folder / f"{slug(facts.expression)}.safetensors"
-    write_atomically(path, to_bytes(plain, metadata={"reconstruction": json.dumps(told)}))
+    write_atomically(path, to_bytes(_tensors(reconstruction), metadata={"reconstruction": told}))
     if len(reconstruction.examples):
         write_atomically(path.with_suffix(".png"), sheet(reconstruction))
     return path
+
+
+def pack(reconstruction: Reconstruction) -> tuple[dict[str, Any], bytes]:
+    """Return a reconstruction as plain facts (cost and receipts) and safetensors."""
+    return _told(reconstruction), to_bytes(_tensors(reconstruction))
+
+
+def unpack(facts: Mapping[str, Any], content: bytes) -> Reconstruction:
+    """Return what :func:`pack` packed.
+
+    Raises
+    ------
+    Exception
+        Of whatever kind, if it is not that.
+    """
+    counts = ("gradient_evaluations", "parameters_added", "bytes_added")
+    cost = Cost(float(facts["seconds"]), *(int(facts[name]) for name in counts))
+    receipts = tuple(str(receipt) for receipt in facts["receipts"])
+    return Reconstruction(**from_bytes(content), cost=cost, receipts=receipts)
+
+
+def _told(reconstruction: Reconstruction) -> dict[str, Any]:
+    return {**dataclasses.asdict(reconstruction.cost), "receipts": list(reconstruction.receipts)}
+
+
+def _tensors(reconstruction: Reconstruction) -> dict[str, Tensor]:
+    found = {name: getattr(reconstruction, name) for name in ("examples", "views")}
+    for name in ("labels", "scores"):
+        if getattr(reconstruction, name) is not None:
+            found[name] = getattr(reconstruction, name)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
 
 
 def load(path: Path) -> tuple[Reconstruction, Facts]:
@@ -155,6 +179,8 @@ def _check(reconstruction: Reconstruction, facts: Facts) -> None:
         tensor = getattr(reconstruction, name)
         if tensor is not None and tensor.shape != (count,):
             raise ValueError(f"{name} must be [{count}], not {list(tensor.shape)}")
+        if name != "scores" and tensor is not None and tensor.is_floating_point():
+            raise ValueError(f"{name} must be integers, not {tensor.dtype}")
     views = reconstruction.views
     if count and not 0 <= int(views.min()) <= int(views.max()) < len(facts.view_labels):
         raise ValueError(f"candidates name views outside the {len(facts.view_labels)} there are")

@@ -28,6 +28,7 @@ from fedsim.defense import Privacy, guarantees
 from fedsim.errors import RunFailed
 from fedsim.federation import Applied, Refereed, build_strategy
 from fedsim.interception import Interception
+from fedsim.isolation import parent as isolation
 from fedsim.models import build_model, load_arrays, travelling
 from fedsim.parts import Parts
 from fedsim.population import Ledger, Population, Tap
@@ -47,6 +48,8 @@ def run(scenario: Scenario, grid: Grid, context: Context, folder: RunFolder) -> 
         When the run must not be believed, or could not go on; what it had saved stays.
     """
     parts = Parts(scenario)
+    if parts.attack is not None:
+        isolation.prepare(parts.attack)  # it loads its libraries while clients train
     with plainly(folder):
         answered = federate(parts, grid, context, folder)
     if parts.attack is not None and answered:
@@ -103,7 +106,7 @@ def _server(parts: Parts, folder: RunFolder) -> tuple[Strategy, list[str], Knowl
         return applied, [], None
     views, kind = folder.path / "views", parts.local.kind
     if isinstance(parts.attack, Manipulation):
-        seal = partial(run_sealed, paths=folder.sealed_paths(), readable=[views])
+        seal = partial(run_sealed, paths=folder.sealed_paths(), openings=[views])
         knowledge = build_knowledge(parts, folder, Progress("crafting", "steps"))
         role = registry.components("role")["manipulator"](
             applied, views, kind, attack=parts.attack, knowledge=knowledge, seal=seal,
@@ -111,7 +114,7 @@ def _server(parts: Parts, folder: RunFolder) -> tuple[Strategy, list[str], Knowl
         )  # fmt: skip
         return role, role.receipts, knowledge
     if isinstance(parts.attack, Interception):
-        seal = partial(run_sealed, paths=folder.sealed_paths(), readable=[views])
+        seal = partial(run_sealed, paths=folder.sealed_paths(), openings=[views])
         knowledge = build_knowledge(parts, folder, Progress("intercepting", "steps"))
         role = registry.components("role")["interceptor"](
             applied, views, kind, attack=parts.attack, knowledge=knowledge, seal=seal

@@ -16,6 +16,7 @@ import hmac
 import os
 import random
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,7 @@ def generator(seed: int, *names: object) -> torch.Generator:
 
 def secret_key() -> bytes:
     """Return this machine's 32 secret bytes, made (mode 0600) on first use."""
+    sys.audit("fedsim.private", "the secret stream")
     if text := os.environ.get("FEDSIM_SECRET_KEY"):
         return bytes.fromhex(text)
     path = home() / "secret.key"

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +118,7 @@ class Knowledge:
         threat_model: str,
         *,
         data: DataSpec,
-        training: TrainingDetails,
+        training: TrainingDetails | None,
         seed: int,
         device: torch.device,
         batchnorm: str = "frozen",
@@ -155,6 +156,12 @@ class Knowledge:
         """The views of the rounds before, while a manipulator crafts; empty afterwards."""
         self.require(Capability.UPDATES)
         return self._history
+
+    def told(self) -> dict[str, Any]:
+        """Return what any attack holds from the start: the task that clients' models are built
+        for, which every message to them carries, how many clients there are, a seed of its own.
+        """
+        return {"spec": self._data, "seed": self._seed, "clients": self.clients}
 
     @property
     def threat_model(self) -> str:

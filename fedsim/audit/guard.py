@@ -1,14 +1,11 @@
-"""While attack code runs, the truth is out of reach.
+"""While attack code runs, Python itself says what it may not do, and who tried.
 
 One audit hook (:pep:`578`), asleep until :func:`sealed` wakes it, refuses what attack code has no
 business doing: touching a sealed path, walking memory or other threads' frames, starting processes,
 opening connections, calling C through ``ctypes``.  A refused look at a sealed path fails the attack
-even where the attack swallows the error.
-
-This keeps honest people's code honest, and makes a cheat a deliberate crime against a visible wall.
-It is no sandbox against hostile native code: what is sealed in the vault stays ciphertext to any
-reader, but whoever must run code they do not trust keeps the auditor's private key on another
-machine (:mod:`fedsim.audit.sealing`) and judges there.
+even where the attack swallows the error.  It is the door-bell; the wall is the kernel's
+(:mod:`fedsim.audit.landlock`), and ``Attack.reconstruct`` has a process of its own besides
+(:mod:`fedsim.isolation`).
 """
 
 import _posixsubprocess
@@ -18,14 +15,14 @@ import sysconfig
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
 from fedsim import seeds
 from fedsim.audit import sealing
-from fedsim.audit.landlock import restrict_thread
+from fedsim.audit.landlock import restrict
 from fedsim.stopping import stop
 
 T = TypeVar("T")
@@ -63,15 +60,26 @@ _FILE_EVENTS = ("os.", "glob.", "pathlib.", "shutil.", "sqlite3.")
 
 @dataclass
 class _Seal:
-    """What is sealed now: resolved paths, the threads that were there before, what was tried.
+    """What is sealed now: resolved paths, the threads that were there before, who is told.
 
-    ``waiting`` is the thread that waits for the attack; interrupted, it may tidy up.
+    ``openings`` are what inside a sealed path is open all the same; ``waiting`` is the thread that
+    waits for the attack; interrupted, it may tidy up.
     """
 
     roots: tuple[str, ...]
+    openings: tuple[str, ...]
     bystanders: frozenset[int]
-    waiting: int | None = None
-    attempts: list[str] = field(default_factory=list)
+    waiting: int | None
+    tell: Callable[[str], None]
+
+    def holds(self, path: str) -> bool:
+        """Say whether a resolved path is sealed: what is more specific, wall or opening, holds."""
+        wall = max((len(root) for root in self.roots if _within(path, root)), default=-1)
+        return wall > max((len(one) for one in self.openings if _within(path, one)), default=-1)
+
+
+def _within(path: str, root: str) -> bool:
+    return path == root or path.startswith(root.rstrip(os.sep) + os.sep)
 
 
 _active: list[_Seal] = []
@@ -82,13 +90,14 @@ def run_sealed(
     function: Callable[..., T],
     *args: Any,
     paths: Sequence[Path] = (),
-    readable: Sequence[Path] = (),
+    openings: Sequence[Path] = (),
 ) -> T:
     """Run attack code with ``paths`` and the range's own keys out of reach; return its result.
 
+    ``openings`` are what inside them is open all the same: the views of earlier rounds.
+
     It runs in a thread of its own, so that no chain of frames leads from it to its caller's
-    variables, and so that the kernel can wall it in (:mod:`fedsim.audit.landlock`); ``readable``
-    is what of the sealed paths its views are read from.
+    variables, and so that the kernel can wall it in (:mod:`fedsim.audit.landlock`).
 
     Raises
     ------
@@ -104,12 +113,9 @@ def run_sealed(
 
     def inside() -> None:
         try:
-            restrict_thread([*paths, *_own_keys()], readable)
-            with sealed(paths, waiting=caller) as tried:
-                try:
-                    outcome.append(function(*args))
-                finally:
-                    attempts.extend(tried)
+            restrict([*paths, *own_keys()], ["/", *openings])
+            with sealed(paths, openings, waiting=caller, tell=attempts.append):
+                outcome.append(function(*args))
         except BaseException as error:
             raised.append(error)
         done.set()
@@ -123,35 +129,49 @@ def run_sealed(
         raise
     refused = bool(raised) and isinstance(raised[0], PermissionError)
     if attempts and not refused:  # it swallowed the refusal, or made another error of it
-        raise PermissionError(f"attack code tried to {attempts[0]}, and hid the refusal")
+        raise hidden(attempts)
     if raised:
         raise raised[0]
     return outcome[0]
 
 
-def _own_keys() -> list[Path]:
+def hidden(attempts: Sequence[str]) -> PermissionError:
+    """Return the refusal of attack code that went on after it had been refused."""
+    return PermissionError(f"attack code tried to {attempts[0]}, and hid the refusal")
+
+
+def own_keys() -> list[Path]:
+    """Return where the auditor's private key and the secret stream's key lie."""
     return [sealing.key_path(), seeds.home() / "secret.key"]
 
 
 @contextmanager
-def sealed(paths: Sequence[Path], *, waiting: int | None = None) -> Iterator[list[str]]:
+def sealed(
+    paths: Sequence[Path],
+    openings: Sequence[Path] = (),
+    *,
+    waiting: int | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Iterator[None]:
     """Refuse everybody in this process the sealed paths, and attack code the ways around them.
 
-    Yields the list of refused looks at sealed paths and memory, filled as they happen.  The
-    auditor's private key and the secret stream's key are always sealed.
+    ``openings`` are what inside a sealed path is open all the same.  ``tell`` is told of every
+    refused look at sealed paths and memory, as it happens.  The auditor's private key and the
+    secret stream's key are always sealed.
     """
     _install()
-    roots = tuple(os.path.realpath(path) for path in [*paths, *_own_keys()])
+    roots = tuple(os.path.realpath(path) for path in [*paths, *own_keys()])
+    opened = tuple(os.path.realpath(path) for path in openings)
     others = frozenset(t.ident for t in threading.enumerate() if t.ident is not None)
-    seal = _Seal(roots, others - {threading.get_ident()}, waiting)
-    hidden = os.environ.pop("FEDSIM_SECRET_KEY", None)
+    seal = _Seal(roots, opened, others - {threading.get_ident()}, waiting, tell)
+    secret = os.environ.pop("FEDSIM_SECRET_KEY", None)
     _active.append(seal)
     try:
-        yield seal.attempts
+        yield
     finally:
         _active.remove(seal)
-        if hidden is not None:
-            os.environ["FEDSIM_SECRET_KEY"] = hidden
+        if secret is not None:
+            os.environ["FEDSIM_SECRET_KEY"] = secret
 
 
 def _install() -> None:
@@ -190,14 +210,16 @@ def _hook(event: str, args: tuple[Any, ...]) -> None:
 
 
 def _refuse_paths(seal: _Seal, event: str, args: tuple[Any, ...]) -> None:
-    for given in args[:2]:
+    for given in args[:1] if event == "open" else args[:2]:  # the second one of open is its mode
         if not isinstance(given, str | bytes | os.PathLike):
             continue
         path = os.path.realpath(os.fsdecode(given))
-        if any(path == root or path.startswith(root + os.sep) for root in seal.roots):
+        if seal.holds(path):
+            if event == "os.listdir" and os.fsdecode(given) in sys.path:  # an import looks around
+                raise PermissionError(f"{path} is sealed")
             _refuse(seal, f"touch a sealed path ({event} {path})")
-        if path.startswith("/proc/") and path.endswith(("/mem", "/environ")):
-            _refuse(seal, f"read a process's memory ({path})")
+        if path.startswith("/proc/") and path.endswith(("/mem", "/environ", "/cmdline")):
+            _refuse(seal, f"read a process's memory or command line ({path})")
         if event == "os.rename" and any(root.startswith(path + os.sep) for root in seal.roots):
             _refuse(seal, f"rename a folder that holds a sealed path ({path})")
         if event == "open" and _is_handle_on_ancestor(seal, path, args):
@@ -222,7 +244,7 @@ def _refuse(seal: _Seal, deed: str) -> None:
     if threading.get_ident() == seal.waiting:
         return
     if threading.get_ident() not in seal.bystanders:
-        seal.attempts.append(deed)
+        seal.tell(deed)
     raise PermissionError(f"attack code tried to {deed}")
 
 

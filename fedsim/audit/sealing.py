@@ -11,6 +11,7 @@ the public key: ``FEDSIM_AUDITOR_PUBLIC_KEY`` (hex) or ``$FEDSIM_HOME/auditor.pu
 
 import os
 import secrets
+import sys
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -40,6 +41,7 @@ def private_key() -> bytes:
     RunFailed
         If the key file does not hold a key.
     """
+    sys.audit("fedsim.private", "the auditor's key")
     path = key_path()
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,13 @@
 """Small real runs on digits, and what tests need to look into them."""
 
+import importlib
 import json
+import marshal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import CellType, FunctionType
 from typing import Any, ClassVar
 
 import pytest
@@ -12,7 +15,7 @@ import torch
 from flwr.app import Context, RecordDict
 from torch import Tensor, nn
 
-from fedsim import registry
+from fedsim import reconstructions, registry
 from fedsim.attack import Attack, Manipulation, ModelToSend, Paper, Reconstruction
 from fedsim.audit.vault import Vault
 from fedsim.client_app import app
@@ -111,15 +114,60 @@ NOBODY = Paper("none", "nobody", "a test", 2025)
 
 @dataclass(frozen=True, kw_only=True)
 class Watching(Attack):
-    """An attack that does what a test tells it, and reconstructs one gray image."""
+    """An attack that does what a test tells it, and reconstructs one gray image.
+
+    It attacks in a process of its own: what the deed returns comes back as JSON, in the receipt,
+    for :func:`told`; what it wraps in :class:`Instead` is returned instead of the image.
+    """
 
     paper = NOBODY
     needs = frozenset({Capability.UPDATES})
     deed: ClassVar[Callable[[Sequence[ServerView], Knowledge], object]]
 
-    def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
-        type(self).deed(views, knowledge)
-        return gray()
+    def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Any:
+        found = type(self).deed(views, knowledge)
+        if isinstance(found, Instead):
+            return found.returned
+        return gray(json.dumps(found, default=lambda _: None))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel by value: a test's own functions are nobody's to import."""
+        return _watching, packed(type(self).deed)
+
+
+@dataclass(frozen=True)
+class Instead:
+    """What an attack is to return."""
+
+    returned: object
+
+
+def _watching(*function: Any) -> Watching:
+    return watching(unpacked(*function))()
+
+
+def packed(function: Callable[..., object]) -> tuple[Any, ...]:
+    """Return a function as what pickle takes: its code, and what its closure holds."""
+    assert isinstance(function, FunctionType)
+    held = [cell.cell_contents for cell in function.__closure__ or ()]
+    closure = [(True, packed(h)) if isinstance(h, FunctionType) else (False, h) for h in held]
+    return marshal.dumps(function.__code__), function.__module__, function.__defaults__, closure
+
+
+def unpacked(
+    code: bytes, module: str, defaults: tuple[Any, ...] | None, closure: list[tuple[bool, Any]]
+) -> FunctionType:
+    """Return the function again; its globals are those of its module, imported here."""
+    cells = tuple(CellType(unpacked(*held) if is_code else held) for is_code, held in closure)
+    names = vars(importlib.import_module(module))
+    return FunctionType(marshal.loads(code), names, "deed", defaults, cells)
+
+
+def told(ran: "Ran | RunFolder") -> Any:
+    """Return what a watching attack's deed returned."""
+    folder = ran.folder if isinstance(ran, Ran) else ran
+    (path,) = (folder.path / "reconstructions").glob("*.safetensors")
+    return json.loads(reconstructions.load(path)[0].receipts[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +187,14 @@ class Meddling(Manipulation):
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         return gray()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel without the deed, which is for crafting: that is done where it is."""
+        return Meddling, ()
 
-def gray() -> Reconstruction:
-    return Reconstruction(torch.full((1, 1, 8, 8), 0.5), torch.zeros(1, dtype=torch.int64))
+
+def gray(*receipts: str) -> Reconstruction:
+    image, view = torch.full((1, 1, 8, 8), 0.5), torch.zeros(1, dtype=torch.int64)
+    return Reconstruction(image, view, receipts=receipts)
 
 
 def watching(deed: Callable[[Sequence[ServerView], Knowledge], object]) -> type[Watching]:

@@ -21,7 +21,7 @@ from fedsim.run import _told
 from fedsim.run_folder import RunFolder
 from fedsim.threat import Knowledge
 from fedsim.view import ServerView
-from tests.fedsim.small import Ran, federated, gray, inline, plug_in, scenario, watching
+from tests.fedsim.small import Instead, Ran, federated, gray, inline, plug_in, scenario, watching
 
 BATCHNORM = "resnet20(width=4)"
 FEDAVG = "fedavg(epochs=1, batch_size=64, lr=0.1, momentum=0.9)"
@@ -107,13 +107,11 @@ def test_a_run_repeats_bit_for_bit(kind: str, tmp_path: Path) -> None:
 def test_a_reconstruction_repeats_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def guess(attack: Any, views: Sequence[ServerView], knowledge: Knowledge) -> Any:
+    def guess(views: Sequence[ServerView], knowledge: Knowledge) -> Any:
         noise = torch.rand(1, 1, 8, 8, generator=knowledge.generator("start"))
-        return reconstructions.Reconstruction(noise, gray().views)
+        return Instead(reconstructions.Reconstruction(noise, gray().views))
 
-    guessing = watching(lambda views, knowledge: None)
-    monkeypatch.setattr(guessing, "reconstruct", guess)
-    plug_in(monkeypatch, "attack", "guessing", guessing)
+    plug_in(monkeypatch, "attack", "guessing", watching(guess))
     found = []
     for seed in (7, 7, 8):
         ran = federated(tmp_path, {"attack": "guessing", "seed": seed})

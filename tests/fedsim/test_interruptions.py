@@ -28,7 +28,7 @@ from fedsim.run_folder import RunFolder
 from fedsim.scenario import Scenario
 from fedsim.stopping import stop
 from fedsim.view import SavedViews
-from tests.fedsim.small import federated, gray, latest, plug_in, scenario, watching
+from tests.fedsim.small import Instead, federated, gray, latest, plug_in, scenario, watching
 
 ROOT = Path(__file__).parents[2]
 
@@ -174,15 +174,16 @@ def test_interrupted_and_killed_runs_keep_what_they_had(tmp_path: Path) -> None:
 
 
 def test_an_attack_that_fails_leaves_a_run_that_can_be_attacked_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(views: object, knowledge: object) -> None:
         raise ArithmeticError("the attack's own mistake")
 
     plug_in(monkeypatch, "attack", "failing", watching(fails))
     plug_in(monkeypatch, "attack", "watching", watching(lambda views, knowledge: list(views)))
-    with pytest.raises(ArithmeticError):
+    with pytest.raises(RunFailed, match="failing failed with ArithmeticError: the attack's own"):
         run_inline(scenario(tmp_path, {"attack": "failing"}), "a test")
+    assert "in fails\n" in capsys.readouterr().err
     folder = latest(tmp_path)
     assert "stopped before its attack was done" in str(judge(folder.path).stopped)
     cli.attack(folder.path, "watching")
@@ -193,6 +194,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "nothing": (None, "returned NoneType, not a Reconstruction"),
     "a wrong shape": (Reconstruction(gray().examples[0], gray().views), r"must be \[M, C, H, W\]"),
     "a view too many": (Reconstruction(gray().examples, gray().views + 9), "views outside"),
+    "views that are no numbers of views": (
+        Reconstruction(gray().examples, gray().views.double()),
+        "views must be integers, not torch.float64",
+    ),
     "labels too many": (
         Reconstruction(gray().examples, gray().views, gray().views.repeat(2)),
         r"labels must be \[1\]",
@@ -205,9 +210,7 @@ def test_an_attack_that_returns_rubbish_fails_the_run_in_plain_words(
     returned: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result, said = BAD[returned]
-    rubbish = watching(lambda views, knowledge: None)
-    monkeypatch.setattr(rubbish, "reconstruct", lambda self, views, knowledge: result)
-    plug_in(monkeypatch, "attack", "rubbish", rubbish)
+    plug_in(monkeypatch, "attack", "rubbish", watching(lambda v, k: Instead(result)))
     with pytest.raises(RunFailed, match=f"rubbish.*{said}"):
         federated(tmp_path, {"attack": "rubbish"})
     assert not list((latest(tmp_path).path / "reconstructions").glob("*"))

@@ -14,9 +14,11 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from safetensors import safe_open
@@ -25,7 +27,7 @@ from torchvision.io import read_file
 from fedsim import seeds
 from fedsim.audit import sealing
 from fedsim.audit.guard import run_sealed, sealed
-from fedsim.audit.landlock import restrict_thread
+from fedsim.audit.landlock import restrict
 from fedsim.audit.vault import Vault, VaultRecord, deposit
 
 
@@ -176,7 +178,7 @@ def test_library_readers_that_pass_the_hook_see_ciphertext_only(vault):
 
 def test_library_readers_do_not_reach_the_auditors_key(vault):
     """The kernel refuses what Python's hook does not see."""
-    if not threaded(lambda: restrict_thread([vault])):
+    if not threaded(lambda: restrict([vault])):
         pytest.skip("this kernel has no Landlock")
     key = sealing.key_path()
     readers = (
@@ -187,6 +189,26 @@ def test_library_readers_do_not_reach_the_auditors_key(vault):
     for reader in readers:
         with pytest.raises((RuntimeError, PermissionError)):
             run_sealed(reader, paths=[vault])
+
+
+def test_no_library_writes_what_is_sealed(vault):
+    """Nor the folders above it; beside it, attack code may write."""
+    if not threaded(lambda: restrict([vault])):
+        pytest.skip("this kernel has no Landlock")
+    before = (vault / FILE).read_bytes()
+    beside = vault.parent / "beside"
+    beside.mkdir()
+
+    def write(path):
+        with pyarrow.OSFile(str(path), "wb") as file:
+            file.write(b"mine")
+
+    for path in (vault / FILE, vault / "new", vault.parent / "new", sealing.key_path()):
+        with pytest.raises(PermissionError):
+            run_sealed(write, path, paths=[vault])
+    run_sealed(write, beside / "new", paths=[vault])
+    assert (vault / FILE).read_bytes() == before
+    assert (beside / "new").read_bytes() == b"mine"
 
 
 def threaded(function):
@@ -246,7 +268,12 @@ def test_honest_work_goes_on_under_the_seal(vault, tmp_path):
 
 
 @pytest.mark.slow
-def test_torch_compile_works_under_the_seal(vault):
+def test_torch_compile_works_under_the_seal(vault, monkeypatch):
+    own = vault.parent / "own"  # in /tmp itself, which is above the vault here, nobody may write
+    own.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(own))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(own))
+
     def attack():
         return torch.compile(lambda x: (x * 2).sin())(torch.ones(3))
 

@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torchvision.io import read_file
 
-from fedsim.audit.landlock import restrict_thread
+from fedsim.audit.landlock import restrict
 
 
 def in_a_thread(function):
@@ -33,7 +33,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
         (folder / "inner").mkdir(parents=True)
         (folder / "inner" / "key").write_bytes(b"0123456789abcdef")
         save_file({"x": torch.ones(3)}, folder / "inner" / "x.safetensors")
-    if not in_a_thread(lambda: restrict_thread([sealed])):
+    if not in_a_thread(lambda: restrict([sealed])):
         pytest.skip("this kernel has no Landlock")
     return sealed, free
 
@@ -54,7 +54,7 @@ def test_no_library_reads_what_is_sealed(folders: tuple[Path, Path], reader: str
     sealed, free = folders
 
     def attempt(folder: Path):
-        restrict_thread([sealed])
+        restrict([sealed])
         return READERS[reader](folder)
 
     assert isinstance(in_a_thread(lambda: attempt(sealed)), Exception)
@@ -67,7 +67,7 @@ def test_a_folder_inside_stays_readable_where_asked(folders: tuple[Path, Path]) 
     (sealed / "secret").write_text("truth")
 
     def attempt(path: Path):
-        restrict_thread([sealed], readable=[sealed / "inner"])
+        restrict([sealed], readable=["/", sealed / "inner"])
         return path.read_bytes()
 
     assert in_a_thread(lambda: attempt(sealed / "inner" / "key")) == b"0123456789abcdef"
