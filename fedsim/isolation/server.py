@@ -48,6 +48,7 @@ def code(function: str, *arguments: object) -> list[str]:
 def main(control: int) -> None:
     """Serve until the range ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the range's, which ends its children
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # and tidy up
     _load()
     Server(socket.socket(fileno=control)).serve()
 
@@ -146,14 +147,15 @@ class Server:
             return pid
         try:
             signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for number in (signal.SIGCHLD, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
             self.selector.close()
             for ours in (self.control, self.awake, self.wake):
                 ours.close()
             for other in self.children.values():
                 other.ending.close()
-            for number, file in enumerate(outputs, start=1):
-                os.dup2(file, number)
+            for output, file in enumerate(outputs, start=1):
+                os.dup2(file, output)
             attack(line, str(scratch))
         except BaseException:
             traceback.print_exc()

@@ -1,5 +1,6 @@
 """What no attack may open, wherever it lies."""
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -28,7 +29,8 @@ def _typed(folder: RunFolder) -> Iterator[Path]:
     """
     for word in [*sys.argv[1:], *shlex.split(folder.environment["command"])[1:]]:
         path = Path(word).absolute()
-        if path.is_file() and path.suffix not in CODE:
+        # Path.is_file would raise at words that are no name: Flower's servers are given long ones.
+        if os.path.isfile(path) and path.suffix not in CODE:  # noqa: PTH113
             yield path
             with_code = any(path.parent.glob("*.py"))
             yield from path.parent.glob("*.toml") if with_code else [path.parent]

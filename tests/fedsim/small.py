@@ -197,6 +197,17 @@ def gray(*receipts: str) -> Reconstruction:
     return Reconstruction(image, view, receipts=receipts)
 
 
+def attack_by(monkeypatch: pytest.MonkeyPatch, deed: Callable[..., object]) -> dict[str, Any]:
+    """Plug in an attack that looks at a view and then does one thing; return what names it."""
+
+    def after_a_look(views: Sequence[ServerView], knowledge: Knowledge) -> object:
+        assert views[0].num_examples is None  # who reads nothing has used nothing, and is no attack
+        return deed(views, knowledge)
+
+    plug_in(monkeypatch, "attack", "cheat", watching(after_a_look))
+    return {"attack": "cheat", "threat-model": "A"}
+
+
 def watching(deed: Callable[[Sequence[ServerView], Knowledge], object]) -> type[Watching]:
     """Return an attack class that does one thing."""
     return type("Watching", (Watching,), {"deed": staticmethod(deed)})
