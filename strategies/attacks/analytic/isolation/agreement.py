@@ -24,6 +24,8 @@ SLACK = 1.5
 TIGHT = 1e-12
 # Quiet rows are noise if they have no more of a constant than so many of its standard deviations.
 WHITE = 5.0
+# Fewer values than these may be multiples of one by chance.
+FEW = 100
 
 
 @dataclass(frozen=True)
@@ -132,10 +134,12 @@ def noise_of(weight: Tensor, bias: Tensor, summands: int = 1) -> float:
 def _rounding(rows: Tensor) -> float:
     """Return the step of which all entries are multiples, or 0."""
     values = rows[rows != 0].abs()
-    if not len(values):
+    smallest = values.sort().values[:1000]
+    apart = smallest.diff()
+    apart = apart[apart > 0.01 * smallest[:1]]  # less is what float arithmetic made of equal ones
+    if len(apart) < 2:
         return 0.0
-    step = float(values.min())
-    steps = values / step
-    few = steps[steps < 1e4]
-    off = (few - few.round()).abs().max()
-    return step if len(few) > len(values) / 2 and float(off) < 0.05 else 0.0
+    step = float(apart.min())
+    steps = values[values < 1e5 * step] / step
+    off = (steps - steps.round()).abs().max()
+    return step if len(steps) > FEW and float(off) < 0.05 else 0.0
