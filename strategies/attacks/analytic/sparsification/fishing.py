@@ -48,6 +48,7 @@ from strategies.attacks.analytic.sparsification.fishing_heads import (
     Answer,
     Catch,
     Head,
+    holds_one,
     holds_together,
     isolated,
     marks,
@@ -55,8 +56,6 @@ from strategies.attacks.analytic.sparsification.fishing_heads import (
 )
 from strategies.attacks.labels.rule import classifier
 
-# One image answers alone where the weights of those who answer add up to 1, but for this.
-ALONE = 0.01
 # What exp() makes nothing of: a logit so much below another has probability 0 in float32.
 SILENT = 100.0
 
@@ -89,7 +88,8 @@ class Fishing(Manipulation):
     alpha : float
         The class row's weight (the paper's 0.5).
     beta : float
-        The feature's weight.  The authors' 300 is too little here: of 64 images it leaves dozens.
+        The feature's weight.  The authors' 300 is too little for batches of dozens; beyond 1e6
+        float32's rounding of the feature decides.
     bias : float
         What other classes' biases are set to in class fishing.
 
@@ -123,7 +123,7 @@ class Fishing(Manipulation):
         },
         # Three classes of one image each a client, where it has so many.
         figure="leak.exact",
-        low=6.0,
+        low=7.0,
         high=12.0,
     )
 
@@ -132,7 +132,7 @@ class Fishing(Manipulation):
     target: Annotated[int, Field(ge=0)] | None = None
     most: Annotated[int, Field(ge=1)] = 1
     alpha: Annotated[float, Field(gt=0)] = 0.5
-    beta: Annotated[float, Field(gt=0)] = 1e5
+    beta: Annotated[float, Field(gt=0)] = 1e6
     bias: Annotated[float, Field(gt=0)] = 1000.0
 
     def __post_init__(self) -> None:
@@ -199,7 +199,8 @@ class Fishing(Manipulation):
             )
         history = knowledge.history
         name, _ = classifier(build_model(expression, knowledge.basics.data))
-        backbone = history[0].sent if history else arrays
+        first = history[0].sent if history else arrays
+        backbone = {name: first[name] for name in arrays}  # in this order they come back
         blank = Head(name, torch.zeros_like(arrays[f"{name}.weight"]))
         usual = blank if self.target is None else self._class_head(blank, self.target)
         own = {}
@@ -303,7 +304,7 @@ class Fishing(Manipulation):
             )
             return
         for low, high in pairwise(ladder):
-            if abs(high.count - low.count - 1) < ALONE and high.answer is not None:
+            if high.answer is not None and holds_one(low, high, self.beta):
                 yield isolated(low.answer, high.answer, 1, self.bias)
 
 
