@@ -38,7 +38,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedsim import registry
-from fedsim.attack import Attack, Manipulation, ModelToSend, Paper, Reconstruction, ToyCase
+from fedsim.attack import (
+    Active,
+    Attack,
+    Manipulation,
+    ModelToSend,
+    Paper,
+    Reconstruction,
+    ToyCase,
+)
 from fedsim.errors import RunFailed
 from fedsim.models import build_model, is_buffer
 from fedsim.registry import register
@@ -54,6 +62,7 @@ from strategies.attacks.analytic.sparsification.fishing_heads import (
     marks,
     next_threshold,
 )
+from strategies.attacks.analytic.sparsification.probing import features
 from strategies.attacks.labels.rule import classifier
 
 # What exp() makes nothing of: a logit so much below another has probability 0 in float32.
@@ -143,8 +152,8 @@ class Fishing(Manipulation):
                 "the roll call, and isolates single images"
             )
         inner = self.inner
-        if isinstance(inner, Manipulation):
-            raise ValueError(f"then= takes a passive attack; {inner.name} sends models of its own")
+        if isinstance(inner, Active):
+            raise ValueError(f"then= takes a passive attack; {inner.name} is active itself")
         if inner.oracles:
             raise ValueError(
                 f"{self.then} asks for the oracle {min(inner.oracles)!r}, which is of whole "
@@ -173,7 +182,7 @@ class Fishing(Manipulation):
         if self.target is not None and self.target >= layer.out_features:
             raise ValueError(f"there is no class {self.target}: 0 to {layer.out_features - 1}")
         if self.by == "class":
-            loudest = max(1.0, self.alpha) * float(_probe_features(model, layer).sum(1).abs().max())
+            loudest = max(1.0, self.alpha) * float(features(model, layer).sum(dim=1).abs().max())
             if (least := loudest + SILENT) > self.bias:
                 raise ValueError(
                     f"bias={self.bias:g} would not silence the other classes: this model's "
@@ -323,18 +332,3 @@ def _by_senders(
     for index, view in enumerate(views):
         groups.setdefault(view.senders, []).append((index, view))
     return list(groups.items())
-
-
-def _probe_features(model: nn.Module, layer: nn.Linear) -> Tensor:
-    """Return the features ``[32, D]`` of uniform noise, as the head gets them."""
-    seen: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
-    parameter = next(model.parameters())
-    generator = torch.Generator().manual_seed(0)
-    shape: tuple[int, ...] = model.spec.shape  # type: ignore[assignment]
-    training = model.training
-    with torch.no_grad():
-        model.eval()(torch.rand(32, *shape, generator=generator).to(parameter))
-    model.train(training)
-    handle.remove()
-    return seen[0]
