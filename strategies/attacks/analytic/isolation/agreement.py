@@ -2,9 +2,10 @@
 
 A row that heard one example is ``y_i = g_i (x, 1)``, weight and bias gradient together; rows of the
 same example are parallel, whatever their ``g_i``.  So two rows agree if the smaller singular value
-of the two is no larger than the noise in them makes it:
+of the two is no larger than the noise in them makes it, ``D + 1`` entries of variance ``sigma^2``:
 
-    sin^2(y_i, y_k) |y_i|^2 |y_k|^2 / (|y_i|^2 + |y_k|^2)  <=  SLACK sigma^2 (D + 1)
+    sin^2(y_i, y_k) |y_i|^2 |y_k|^2 / (|y_i|^2 + |y_k|^2)
+        <=  sigma^2 (D + 1 + SLACK sqrt(2 (D + 1)))
 
 A mixture of several examples hardly ever has a second row that agrees with it.  Over a set of
 agreeing rows the least squares estimate of the direction is the first right singular vector: each
@@ -18,8 +19,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-# By how much the squared distance of two agreeing rows may exceed its expectation.
-SLACK = 1.5
+# By how many of its standard deviations the noise in a row may exceed its expectation.
+SLACK = 6.0
 # Rows agree at this squared sine even without noise: a few roundings of float32 on either side.
 TIGHT = 1e-12
 # Quiet rows are noise if they have no more of a constant than so many of its standard deviations.
@@ -60,12 +61,12 @@ def isolated(weight: Tensor, bias: Tensor, sigma: float) -> Isolated:
     rows = torch.cat([weight, bias.unsqueeze(1)], dim=1).double()
     size = rows.shape[1]
     energy = rows.square().sum(dim=1)
-    silence = sigma**2 * (size + 6 * sqrt(2 * size))
+    noise = sigma**2 * (size + SLACK * sqrt(2 * size))
     loudest = energy.max() if len(energy) else energy.sum()
-    heard = energy.isfinite() & (energy > silence) & (energy > TIGHT * loudest)
+    heard = energy.isfinite() & (energy > noise) & (energy > TIGHT * loudest)
     rows, energy = rows[heard], energy[heard]
     products = rows @ rows.T
-    agree = _agreement(products, energy, SLACK * sigma**2 * size)
+    agree = _agreement(products, energy, noise)
     found, supports = [], []
     for members in _gathered(agree, energy):
         inputs, signal = _least_squares(rows[members], products[members][:, members])
