@@ -6,6 +6,7 @@ import jinja2
 import tomli_w
 from markupsafe import Markup
 
+from fedsim import registry
 from fedsim.audit.metrics import METRICS
 from fedsim.audit.schema import Leak, Report, Summary
 from fedsim.report import figures, words
@@ -45,6 +46,8 @@ def render(report: Report, pairs: Pairs) -> str:
         mood=_mood(report),
         capabilities=words.CAPABILITIES,
         aggregated=report.attack is not None and report.attack.aggregated,
+        hides=_hides(name),
+        unmasked=[line for line in report.federation.receipts if line.startswith("unmasked")],
         channel_name=name,
         channel_figures={k: _short(v) for k, v in channel.items()},
         mean_round=sum(times) / len(times) if times else None,
@@ -53,6 +56,12 @@ def render(report: Report, pairs: Pairs) -> str:
         scenario=tomli_w.dumps(report.scenario),
         **(_leak_figures(report, report.leak) if report.leak else {}),
     )
+
+
+def _hides(channel: str) -> bool:
+    """Say whether a channel is one that should let the server read sums only."""
+    found = registry.components("channel").get(channel.partition("(")[0])
+    return bool(getattr(found, "aggregates", False))
 
 
 def _mood(report: Report) -> str:

@@ -116,7 +116,11 @@ PAGE = """<!doctype html>
 no server has them in life.</p>
 {% endif %}
 <h3>What reached the server</h3>
-{% if aggregated %}
+{% if unmasked %}
+<p>The channel <strong>{{ channel_name }}</strong> should let the server read only sums over \
+several clients. This server broke its protocol and read single clients' uploads: \
+{{ unmasked | join(', ') }}.</p>
+{% elif aggregated or hides %}
 <p>The channel <strong>{{ channel_name }}</strong> let the server read only sums over several \
 clients, never one client's upload. This protects against an honest-but-curious server only: one \
 that changes the model it sends, or picks who takes part, can still reach single clients through \

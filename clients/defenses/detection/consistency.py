@@ -66,8 +66,8 @@ class Consistency(Defense):
     )
     toy: ClassVar[ToyCase] = ToyCase(
         scenario={**IMPRINTED, "defenses": "consistency"},
-        # Malicious, and the same for all.
-        figure="detection.3.checks.consistency",
+        # Malicious, and the same for all; the first client measured nothing.
+        figure="detection.2.checks.consistency",
         low=0.0,
         high=0.0,
     )

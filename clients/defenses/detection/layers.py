@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from clients.per_example import per_example_gradients
 from fedsim.defense import Batch, Tensors
 
+# Squares of what is smaller vanish in float32, and a server may well scale its gradients so far.
+SMALL = 1e-12
+
 
 def matrices(arrays: Tensors) -> Tensors:
     """Return every weight as a matrix ``[rows, fan-in]``, in the model's order."""
@@ -65,11 +68,13 @@ def gradient_norms(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     for chunk in per_example_gradients(model, batch):
         for name, gradients in chunk.items():
             if gradients.ndim >= 3:  # one dimension more than the weight
-                found.setdefault(name, []).append(gradients.flatten(1).double().norm(dim=1))
+                found.setdefault(name, []).append(lengths(gradients.flatten(1)))
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def row_norms(gradients: Tensor) -> Tensor:
-    """Return the length of each row of each example's gradient: ``[b, R, F]`` to ``[b, R]``."""
-    lengths: Tensor = gradients.double().norm(dim=2)
-    return lengths
+def lengths(vectors: Tensor) -> Tensor:
+    """Return the L2 norm along the last dimension, float64."""
+    if float(torch.linalg.vector_norm(vectors, ord=float("inf"))) < SMALL:
+        vectors = vectors.double()
+    norms: Tensor = torch.linalg.vector_norm(vectors, dim=-1).double()
+    return norms

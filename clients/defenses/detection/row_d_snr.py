@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from clients.defenses.detection.judged import judged, largest
-from clients.defenses.detection.layers import bias_of, classes_of, hidden, row_norms
+from clients.defenses.detection.layers import bias_of, classes_of, hidden, lengths
 from clients.defenses.toy import IMPRINTED
 from clients.per_example import per_example_gradients
 from fedsim.attack import Paper, ToyCase
@@ -117,7 +117,7 @@ def row_lengths(
             if (sorting := order[name]) is not None:
                 gradients = gradients[:, sorting]
             steps = gradients[:, 1:] - gradients[:, :-1]
-            found[name].append((row_norms(gradients), row_norms(steps)))
+            found[name].append((lengths(gradients), lengths(steps)))
     for parts in found.values():
         if parts:
             norms, differences = (torch.cat(several) for several in zip(*parts, strict=True))
@@ -132,13 +132,13 @@ def live(norms: Tensor) -> Tensor:
 
 def owned(norms: Tensor) -> float:
     """Return the share of live rows in which one example outweighs all others; NaN if none."""
-    lengths = live(norms)
-    first, total = lengths.amax(dim=0), lengths.sum(dim=0)
+    alive = live(norms)
+    first, total = alive.amax(dim=0), alive.sum(dim=0)
     return float((first > total - first).double().mean())
 
 
 def moved_by_one(norms: Tensor) -> float:
     """Return the share of live rows that exactly one example moves by more than rounding."""
-    lengths = live(norms)
-    moved = lengths > LIVE * lengths.amax(dim=0)
+    alive = live(norms)
+    moved = alive > LIVE * alive.amax(dim=0)
     return float((moved.sum(dim=0) == 1).double().mean())

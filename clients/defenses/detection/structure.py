@@ -146,8 +146,8 @@ def structure(received: Tensors) -> dict[str, float]:
 
 
 def taken(weight: Tensor) -> Tensor:
-    """Return at most ``COMPARED`` rows that are not zero, evenly taken."""
-    rows = weight[(weight != 0).any(dim=1)]
+    """Return at most ``COMPARED`` rows that are numbers and not zero, evenly taken."""
+    rows = weight[(weight != 0).any(dim=1) & weight.isfinite().all(dim=1)]
     step = -(-len(rows) // COMPARED) or 1
     return rows[::step]
 

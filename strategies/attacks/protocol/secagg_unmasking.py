@@ -86,11 +86,19 @@ class SecAggUnmasking(Interception):
         year=2017,
         published="no figures: the paper states the rule that clients must keep (never both kinds "
         "of shares for one client), and Flower's clients do not keep",
+        measured="Flower 1.41, photo-tiles, mlp, one image a client, then linear-inversion: "
+        "fedsim run scenarios/secagg_unmasking.toml (8 clients, 1 victim): its image at 95 dB with "
+        "its label; all victims: 8 of 8, median 96 dB, of 32 clients 32, median 96 dB; "
+        "secagg(max_weight=1000), steps a thousand times as wide: 35 dB.  linear-inversion on the "
+        "sum alone: none of 8, best 18 dB.  strict=True: every client refuses, no view",
+    )
+    needs: ClassVar[frozenset[Capability]] = frozenset(
+        {Capability.UPDATES, Capability.MANIPULATION}
     )
     toy: ClassVar[ToyCase] = ToyCase(
         scenario={
             "threat-model": "F",
-            "attack": "secagg-unmasking(victims=None)",
+            "attack": "secagg-unmasking",
             "channel": "secagg(max_weight=1)",
             "data.dataset": "digits",
             "model.name": "mlp",
@@ -98,31 +106,26 @@ class SecAggUnmasking(Interception):
             "federation.local": "fedsgd(batch_size=1, lr=0.1)",
         },
         figure="leak.psnr.mean",
-        low=60.0,
-        high=119.0,
+        # Limited by the steps of the quantization; seeds 0 to 9 gave 96.6 to 100.1.
+        low=90.0,
+        high=110.0,
     )
     unit: ClassVar[str] = "uploads"
 
     then: str = "linear-inversion"
-    victims: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = field(
-        default_factory=lambda: [0]
-    )
+    victims: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     lists: Lists = "overlapping"
 
     def __post_init__(self) -> None:
         if isinstance(self.passive, Active):
             raise ValueError(f"then={self.then!r} must be passive: the uploads are there already")
+        object.__setattr__(self, "needs", self.needs | self.passive.needs)
 
     @property
     def passive(self) -> Attack:
         """The attack that reads what was unmasked."""
         built: Attack = registry.build("attack", self.then, "attack: secagg-unmasking(then)")
         return built
-
-    @property
-    def needs(self) -> frozenset[Capability]:  # type: ignore[override]
-        """What lying takes, and what the passive attack needs."""
-        return self.passive.needs | {Capability.UPDATES, Capability.MANIPULATION}
 
     @property
     def oracles(self) -> frozenset[str]:

@@ -248,8 +248,8 @@ def test_who_answered_or_refused_does_not_answer_again(
 # -- the attacks that it is for ----------------------------------------------------------------
 
 UNMASKINGS = {
-    "secagg-unmasking": "1 clients are said to live and to have dropped",
-    "secagg-unmasking(victims=None)": "4 clients are said to live and to have dropped",
+    "secagg-unmasking(victims=[0])": "1 clients are said to live and to have dropped",
+    "secagg-unmasking": "4 clients are said to live and to have dropped",
     "secagg-unmasking(lists='split')": "1 of 4 shares would recover a seed",
 }
 

@@ -1,5 +1,6 @@
 """A server that names clients as living and as dropped gets their uploads, and nobody notices."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,15 +8,17 @@ import pytest
 import torch
 
 from fedsim import client_app
+from fedsim.engines.inline import run_inline
 from fedsim.errors import ScenarioError
 from fedsim.parts import Parts, check
 from fedsim.reattack import attack_again
+from fedsim.scenario import Scenario
 from fedsim.view import ServerView
 from strategies.attacks.protocol.secagg_unmasking import SecAggUnmasking, Unmasking
 from tests.fedsim.small import Ran, federated, plug_in, scenario, watching
 
-ONE = "secagg-unmasking"
-ALL = "secagg-unmasking(victims=None)"
+ONE = "secagg-unmasking(victims=[0])"
+ALL = "secagg-unmasking"
 FEDAVG = "fedavg(epochs=1, batch_size=32, lr=0.1)"
 SKEWED = {"data.partition": "dirichlet(alpha=1.0, min_partition_size=5)"}
 PLAIN = {"channel": "secagg(max_weight=2)"}
@@ -63,7 +66,7 @@ def test_what_comes_out_is_the_upload_to_the_quantization(kind: str, tmp_path: P
 
 
 @pytest.mark.parametrize("attack", [
-    ONE, ALL, "secagg-unmasking(lists='split')", "secagg-unmasking(victims=None, lists='split')",
+    ONE, ALL, "secagg-unmasking(victims=[0], lists='split')", "secagg-unmasking(lists='split')",
     "secagg-unmasking(victims=[1, 3])",
 ])  # fmt: skip
 @pytest.mark.parametrize("threshold", [0.5, 0.75])
@@ -99,7 +102,7 @@ def test_split_lists_show_no_client_the_lie(
         return sent
 
     monkeypatch.setattr(Unmasking, "_misnamed", misnamed)
-    ran = federated(tmp_path, {"attack": "secagg-unmasking(lists='split')", **PLAIN})
+    ran = federated(tmp_path, {"attack": "secagg-unmasking(victims=[0], lists='split')", **PLAIN})
     assert list(unmasked(ran)) == [(0, 1)]
     assert lists
     assert all(not set(alive) & set(dead) for alive, dead in lists)
@@ -188,3 +191,13 @@ def test_it_needs_what_its_passive_attack_needs() -> None:
     assert "surrogate" not in SecAggUnmasking().needs
     assert {"updates", "manipulation"} == SecAggUnmasking().needs
     assert "basics" in SecAggUnmasking(then="inverting-gradients").needs
+
+
+def test_the_report_says_that_the_channel_was_broken(tmp_path: Path) -> None:
+    page = run_inline(
+        Scenario.from_flat({**SecAggUnmasking.toy.scenario, "output.dir": str(tmp_path)}), "a test"
+    )
+    report = json.loads((page.parent / "report.json").read_text())
+    assert report["threat_model"]["used"] == ["updates", "manipulation"]
+    assert "This server broke its protocol and read single clients" in page.read_text()
+    assert "unmasked 3 uploads in round 1" in page.read_text()

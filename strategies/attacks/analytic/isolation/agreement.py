@@ -2,9 +2,10 @@
 
 A row that heard one example is ``y_i = g_i (x, 1)``, weight and bias gradient together; rows of the
 same example are parallel, whatever their ``g_i``.  So two rows agree if the smaller singular value
-of the two is no larger than the noise in them makes it:
+of the two is no larger than the noise in them makes it, ``D + 1`` entries of variance ``sigma^2``:
 
-    sin^2(y_i, y_k) |y_i|^2 |y_k|^2 / (|y_i|^2 + |y_k|^2)  <=  SLACK sigma^2 (D + 1)
+    sin^2(y_i, y_k) |y_i|^2 |y_k|^2 / (|y_i|^2 + |y_k|^2)
+        <=  sigma^2 (D + 1 + SLACK sqrt(2 (D + 1)))
 
 A mixture of several examples hardly ever has a second row that agrees with it.  Over a set of
 agreeing rows the least squares estimate of the direction is the first right singular vector: each
@@ -18,12 +19,14 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-# By how much the squared distance of two agreeing rows may exceed its expectation.
-SLACK = 1.5
+# By how many of its standard deviations the noise in a row may exceed its expectation.
+SLACK = 6.0
 # Rows agree at this squared sine even without noise: a few roundings of float32 on either side.
 TIGHT = 1e-12
 # Quiet rows are noise if they have no more of a constant than so many of its standard deviations.
 WHITE = 5.0
+# Fewer values than these may be multiples of one by chance.
+FEW = 100
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,12 @@ def isolated(weight: Tensor, bias: Tensor, sigma: float) -> Isolated:
     rows = torch.cat([weight, bias.unsqueeze(1)], dim=1).double()
     size = rows.shape[1]
     energy = rows.square().sum(dim=1)
-    silence = sigma**2 * (size + 6 * sqrt(2 * size))
+    noise = sigma**2 * (size + SLACK * sqrt(2 * size))
     loudest = energy.max() if len(energy) else energy.sum()
-    heard = energy.isfinite() & (energy > silence) & (energy > TIGHT * loudest)
+    heard = energy.isfinite() & (energy > noise) & (energy > TIGHT * loudest)
     rows, energy = rows[heard], energy[heard]
     products = rows @ rows.T
-    agree = _agreement(products, energy, SLACK * sigma**2 * size)
+    agree = _agreement(products, energy, noise)
     found, supports = [], []
     for members in _gathered(agree, energy):
         inputs, signal = _least_squares(rows[members], products[members][:, members])
@@ -132,10 +135,12 @@ def noise_of(weight: Tensor, bias: Tensor, summands: int = 1) -> float:
 def _rounding(rows: Tensor) -> float:
     """Return the step of which all entries are multiples, or 0."""
     values = rows[rows != 0].abs()
-    if not len(values):
+    smallest = values.sort().values[:1000]
+    apart = smallest.diff()
+    apart = apart[apart > 0.01 * smallest[:1]]  # less is what float arithmetic made of equal ones
+    if len(apart) < 2:
         return 0.0
-    step = float(values.min())
-    steps = values / step
-    few = steps[steps < 1e4]
-    off = (few - few.round()).abs().max()
-    return step if len(few) > len(values) / 2 and float(off) < 0.05 else 0.0
+    step = float(apart.min())
+    steps = values[values < 1e5 * step] / step
+    off = (steps - steps.round()).abs().max()
+    return step if len(steps) > FEW and float(off) < 0.05 else 0.0

@@ -146,13 +146,13 @@ class ScaleMIA(Manipulation):
             tell=knowledge.progress,
         )
         codes = auto_encoder.encoded(parts.encoder, split, device).flatten(1)
-        cutoffs = self._cutoffs(codes.double().mean(dim=1), parts.first.out_features)
+        cutoffs = self.cutoffs(codes.double().mean(dim=1), parts.first.out_features)
         overwrite(parts, cutoffs, knowledge.generator("scale-mia", "last layer"))
         scale(parts, self.gain or self._calibrated(parts, split, knowledge))
         model.to("cpu", next(iter(arrays.values())).dtype)
         return ModelToSend(expression, travelling(model))
 
-    def _cutoffs(self, brightness: Tensor, count: int) -> Tensor:
+    def cutoffs(self, brightness: Tensor, count: int) -> Tensor:
         """Return ``[count]`` cut-offs for a sample of brightness ``[N]``, float64."""
         if self.bins == "empirical":
             quantiles = torch.linspace(0, 1, count + 1, dtype=torch.float64)

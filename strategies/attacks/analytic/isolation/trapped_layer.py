@@ -99,6 +99,20 @@ class TrappedLayer:
         (gradient,) = torch.autograd.grad(loss, heard[0])
         return max(float(gradient.abs().mean()), 1e-12)
 
+    def energies(self, images: Tensor, labels: Tensor) -> tuple[float, float, float]:
+        """Return squared gradient norms: of this layer, the next one's weight, all the others."""
+        names, parameters = zip(*self.model.named_parameters(), strict=True)
+        loss = cross_entropy(self.model(images.double()), labels)
+        gradients = torch.autograd.grad(loss, parameters)
+        own = {self.passage.layer + ".weight", self.passage.layer + ".bias"}
+        after, layer, next_one, rest = self.passage.after + ".weight", 0.0, 0.0, 0.0
+        for name, gradient in zip(names, gradients, strict=True):
+            energy = float(gradient.square().sum())
+            layer += energy * (name in own)
+            next_one += energy * (name == after)
+            rest += energy * (name != after and name not in own)
+        return max(layer, 1e-300), next_one, rest
+
     def arrays(self, like: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return what is sent, in the honest model's precision."""
         return {n: t.to(like[n].dtype).clone() for n, t in travelling(self.model).items()}

@@ -38,7 +38,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedsim import registry
-from fedsim.attack import Attack, Manipulation, ModelToSend, Paper, Reconstruction, ToyCase
+from fedsim.attack import (
+    Active,
+    Attack,
+    Manipulation,
+    ModelToSend,
+    Paper,
+    Reconstruction,
+    ToyCase,
+)
 from fedsim.errors import RunFailed
 from fedsim.models import build_model, is_buffer
 from fedsim.registry import register
@@ -48,15 +56,15 @@ from strategies.attacks.analytic.sparsification.fishing_heads import (
     Answer,
     Catch,
     Head,
+    holds_one,
     holds_together,
     isolated,
     marks,
     next_threshold,
 )
+from strategies.attacks.analytic.sparsification.probing import features
 from strategies.attacks.labels.rule import classifier
 
-# One image answers alone where the weights of those who answer add up to 1, but for this.
-ALONE = 0.01
 # What exp() makes nothing of: a logit so much below another has probability 0 in float32.
 SILENT = 100.0
 
@@ -89,7 +97,8 @@ class Fishing(Manipulation):
     alpha : float
         The class row's weight (the paper's 0.5).
     beta : float
-        The feature's weight.  The authors' 300 is too little here: of 64 images it leaves dozens.
+        The feature's weight.  The authors' 300 is too little for batches of dozens; beyond 1e6
+        float32's rounding of the feature decides.
     bias : float
         What other classes' biases are set to in class fishing.
 
@@ -123,7 +132,7 @@ class Fishing(Manipulation):
         },
         # Three classes of one image each a client, where it has so many.
         figure="leak.exact",
-        low=6.0,
+        low=7.0,
         high=12.0,
     )
 
@@ -132,7 +141,7 @@ class Fishing(Manipulation):
     target: Annotated[int, Field(ge=0)] | None = None
     most: Annotated[int, Field(ge=1)] = 1
     alpha: Annotated[float, Field(gt=0)] = 0.5
-    beta: Annotated[float, Field(gt=0)] = 1e5
+    beta: Annotated[float, Field(gt=0)] = 1e6
     bias: Annotated[float, Field(gt=0)] = 1000.0
 
     def __post_init__(self) -> None:
@@ -143,8 +152,8 @@ class Fishing(Manipulation):
                 "the roll call, and isolates single images"
             )
         inner = self.inner
-        if isinstance(inner, Manipulation):
-            raise ValueError(f"then= takes a passive attack; {inner.name} sends models of its own")
+        if isinstance(inner, Active):
+            raise ValueError(f"then= takes a passive attack; {inner.name} is active itself")
         if inner.oracles:
             raise ValueError(
                 f"{self.then} asks for the oracle {min(inner.oracles)!r}, which is of whole "
@@ -173,7 +182,7 @@ class Fishing(Manipulation):
         if self.target is not None and self.target >= layer.out_features:
             raise ValueError(f"there is no class {self.target}: 0 to {layer.out_features - 1}")
         if self.by == "class":
-            loudest = max(1.0, self.alpha) * float(_probe_features(model, layer).sum(1).abs().max())
+            loudest = max(1.0, self.alpha) * float(features(model, layer).sum(dim=1).abs().max())
             if (least := loudest + SILENT) > self.bias:
                 raise ValueError(
                     f"bias={self.bias:g} would not silence the other classes: this model's "
@@ -199,7 +208,8 @@ class Fishing(Manipulation):
             )
         history = knowledge.history
         name, _ = classifier(build_model(expression, knowledge.basics.data))
-        backbone = history[0].sent if history else arrays
+        first = history[0].sent if history else arrays
+        backbone = {name: first[name] for name in arrays}  # in this order they come back
         blank = Head(name, torch.zeros_like(arrays[f"{name}.weight"]))
         usual = blank if self.target is None else self._class_head(blank, self.target)
         own = {}
@@ -303,7 +313,7 @@ class Fishing(Manipulation):
             )
             return
         for low, high in pairwise(ladder):
-            if abs(high.count - low.count - 1) < ALONE and high.answer is not None:
+            if high.answer is not None and holds_one(low, high, self.beta):
                 yield isolated(low.answer, high.answer, 1, self.bias)
 
 
@@ -322,18 +332,3 @@ def _by_senders(
     for index, view in enumerate(views):
         groups.setdefault(view.senders, []).append((index, view))
     return list(groups.items())
-
-
-def _probe_features(model: nn.Module, layer: nn.Linear) -> Tensor:
-    """Return the features ``[32, D]`` of uniform noise, as the head gets them."""
-    seen: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
-    parameter = next(model.parameters())
-    generator = torch.Generator().manual_seed(0)
-    shape: tuple[int, ...] = model.spec.shape  # type: ignore[assignment]
-    training = model.training
-    with torch.no_grad():
-        model.eval()(torch.rand(32, *shape, generator=generator).to(parameter))
-    model.train(training)
-    handle.remove()
-    return seen[0]

@@ -4,7 +4,7 @@ Wen et al., ICML 2022; the mathematics stands in :mod:`.fishing`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -13,6 +13,11 @@ from torch import Tensor
 
 from fedsim.threat import Knowledge
 from fedsim.view import ServerView
+
+# One image answers alone where the weights of those who answer add up to 1, but for this.
+ALONE = 0.01
+# So many times 1 / beta from a threshold an image answers, or not, to one part in 20,000.
+CLEAR = 10.0
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,18 @@ def holds_together(low: Mark, high: Mark) -> bool:
     return low.threshold - slack <= (high.total - low.total) / count <= high.threshold + slack
 
 
+def holds_one(low: Mark, high: Mark, beta: float) -> bool:
+    """Say whether an interval holds one image, far enough from both thresholds.
+
+    The rule ``beta gap >> 5``: two images around a threshold so near that each answers in part
+    add up to one as well, and their mean lies on the threshold.
+    """
+    if abs(high.count - low.count - 1) > ALONE:
+        return False
+    feature = high.total - low.total
+    return beta * min(feature - low.threshold, high.threshold - feature) > CLEAR
+
+
 @dataclass(frozen=True)
 class Catch:
     """An isolated gradient as a view of its own, of so many images."""
@@ -186,27 +203,37 @@ class Catch:
 def isolated(low: Answer | None, high: Answer, examples: int, bias: float) -> Catch:
     """Return the mean gradient of the images that answer to ``high`` and not to ``low``.
 
-    The view is of the model with the head's weight back at 1: the very gradient that these images
-    would have there.  The backbone's part is divided by the weight that was sent; the head's own
-    row is the images' mean feature; its other rows follow, since ``p_c = 0`` and the other classes
-    share the rest evenly.  Everything in float64.
+    The view is of a model under which these images alone would have that gradient.  The head's
+    own row is their mean feature; its other rows follow, since ``p_c = 0`` and the other classes
+    share the rest evenly.  The backbone's part is divided by the weight that was sent, and
+    multiplied by the weight that the view's model has: the one that makes it as long as the
+    head's part, so that an attack by matching hears both.  (The authors restore 1, under which
+    thousands of features drown the head.)  Everything in float64.
     """
     label, head = high.head.label, high.head
     assert label is not None
-    answers = [(high, 1.0)] if low is None else [(high, 1.0), (low, -1.0)]
-    count = sum(float(sign * answer.answered[label]) for answer, sign in answers)
-    mean: Tensor = sum(sign * answer.features[label] for answer, sign in answers) / count  # type: ignore[assignment]
-    scale = float(head.weight[label].max())
-    received = {}
-    for name in high.view.received:
-        parts = [sign * a.examples * a.view.received[name].double() for a, sign in answers]
-        received[name] = torch.stack(parts).sum(dim=0) / (count * scale)
-    others = torch.full_like(high.answered, 1 / (len(high.answered) - 1))
-    others[label] = -1.0
-    received |= Head(head.name, torch.outer(others, mean), others).arrays()
+    answers = [(1.0, high)] if low is None else [(1.0, high), (-1.0, low)]
+    count = sum(float(sign * answer.answered[label]) for sign, answer in answers)
+    mean = torch.stack([sign * answer.features[label] for sign, answer in answers]).sum(dim=0)
+    shares = torch.full_like(high.answered, 1 / (len(high.answered) - 1))
+    shares[label] = -1.0
+    own = Head(head.name, torch.outer(shares, mean / count), shares).arrays()
+    scale = count * float(head.weight[label].max())
+    backbone = {}
+    for name in high.view.received.keys() - own.keys():
+        parts = [sign * a.examples * a.view.received[name].double() for sign, a in answers]
+        backbone[name] = torch.stack(parts).sum(dim=0) / scale
+    weight = _length(own) / (_length(backbone) or 1.0)
     restored = torch.full_like(head.weight[:, 0], bias)
     restored[label] = 0
-    model = Head(head.name, (head.weight != 0).to(head.weight), restored)
+    model = Head(head.name, weight * (head.weight != 0).to(head.weight), restored)
+    received = {
+        name: own[name] if name in own else weight * backbone[name] for name in high.view.received
+    }
     sent = {**high.view.sent, **model.arrays()}
     view = replace(high.view, sent=sent, received=received, num_examples=None)
     return Catch(view, high.index, examples)
+
+
+def _length(arrays: Mapping[str, Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.square().sum()) for tensor in arrays.values()))
