@@ -109,11 +109,22 @@ def swallowed(deed: Callable[[], object]) -> None:
         return
 
 
-@pytest.mark.parametrize("when", [in_reconstruct, in_craft])
-@pytest.mark.parametrize("cheat", CHEATS)
+# A manipulator may know what came back in earlier rounds.
+ITS_OWN = [(in_craft, "list the views")]
+
+
+@pytest.mark.parametrize(
+    ("when", "cheat"),
+    [
+        pytest.param(when, cheat, id=f"{cheat}-{when.__name__}")
+        for when in (in_reconstruct, in_craft)
+        for cheat in CHEATS
+        if (when, cheat) not in ITS_OWN
+    ],
+)
 def test_a_cheat_fails_the_run(
-    cheat: str,
     when: Callable[[Callable[[], object]], Any],
+    cheat: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

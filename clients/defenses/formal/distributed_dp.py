@@ -14,6 +14,7 @@ The papers add discrete noise inside a finite field; here the noise is Gaussian,
 protocol's quantization.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -72,7 +73,7 @@ class DistributedDP(Defense):
     @property
     def share(self) -> float:
         """Standard deviation of one client's noise: ``sigma c / sqrt(C - 1)``."""
-        return self.sigma * self.norm / (self.cohort - 1) ** 0.5
+        return self.sigma * self.norm / math.sqrt(self.cohort - 1)
 
     def transform_update(self, update: Tensors, ctx: ClientContext) -> Tensors:
         """Clip, then add this client's share, from its secret stream."""

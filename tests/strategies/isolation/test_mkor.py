@@ -36,6 +36,14 @@ class RawNLL(Defense):
         return nll_loss(model(batch[0]), batch[1])
 
 
+class Honest(MKOR):
+    """Sends what it was given."""
+
+    def craft(self, expression: str, arrays: dict[str, Tensor], knowledge: Knowledge) -> Any:
+        crafted = super().craft(expression, arrays, knowledge)
+        return type(crafted)(expression, arrays)
+
+
 @pytest.fixture(autouse=True)
 def _plugged_in(monkeypatch: pytest.MonkeyPatch) -> None:
     plug_in(monkeypatch, "defense", "raw-nll", RawNLL)
@@ -224,13 +232,6 @@ def test_a_view_of_other_parameters_is_not_read(tmp_path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def _honest(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Honest(MKOR):
-        """Sends what it was given."""
-
-        def craft(self, expression: str, arrays: dict[str, Tensor], knowledge: Knowledge) -> Any:
-            crafted = super().craft(expression, arrays, knowledge)
-            return type(crafted)(expression, arrays)
-
     plug_in(monkeypatch, "attack", "honest-mkor", Honest)
 
 

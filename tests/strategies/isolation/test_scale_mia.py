@@ -31,6 +31,14 @@ FEW = {
 }
 
 
+class Honest(ScaleMIA):
+    """Sends what it was given."""
+
+    def craft(self, expression: str, arrays: dict[str, Tensor], knowledge: Knowledge) -> Any:
+        crafted = super().craft(expression, arrays, knowledge)
+        return type(crafted)(expression, arrays)
+
+
 def codes_of(folder: Path, changes: dict[str, Any] | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return the true codes ``[M, D]`` of all views, which are alone in a bin, and those read."""
     ran = federated(folder, {**FEW, **(changes or {})})
@@ -144,13 +152,6 @@ def test_what_cannot_work_is_refused_before_anybody_trains(
 def test_a_view_of_other_parameters_is_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Honest(ScaleMIA):
-        """Sends what it was given."""
-
-        def craft(self, expression: str, arrays: dict[str, Tensor], knowledge: Knowledge) -> Any:
-            crafted = super().craft(expression, arrays, knowledge)
-            return type(crafted)(expression, arrays)
-
     plug_in(monkeypatch, "attack", "honest-scale-mia", Honest)
     with pytest.raises(RunFailed, match="without bins"):
         federated(tmp_path, {**FEW, "attack": "honest-scale-mia(epochs=1)"})

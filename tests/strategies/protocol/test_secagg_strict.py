@@ -43,6 +43,10 @@ class Lying(Interception):
         list(views)
         return gray()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel without the lie, which is told where the federation is."""
+        return Lying, ()
+
 
 @dataclass
 class Tapped(RoundTap):

@@ -91,7 +91,8 @@ def firing_rate(images: Tensor, scale: float) -> Tensor:
     ratio = images.mean(dim=1) / images.std(dim=1, correction=0)
     ratio = ratio.nan_to_num(nan=torch.inf, posinf=torch.inf)
     per_ratio = (1 - scale) * sqrt(images.shape[1]) / sqrt(pi * (1 + scale**2))
-    return torch.special.ndtr(-per_ratio * ratio)
+    rate: Tensor = torch.special.ndtr(-per_ratio * ratio)
+    return rate
 
 
 def expected_recall(rates: Tensor, rows: int, together: int) -> float:
