@@ -27,7 +27,9 @@ dropouts are recovered as ever; the server learns nothing, for it knew the model
 
 What stays: keys are not authenticated, so that a server that sits between the clients from the
 first stage on can be all of a victim's neighbors, and it can fill a cohort with devices of its own;
-seeds of masks have 32 bits (Flower), which is within reach of trying them all.
+seeds of masks have 32 bits (Flower), which is within reach of trying them all.  Where each client
+shares with some of the others only (``num_shares`` below 1), clients watch their own neighbors: a
+server can still sum two parts of the cohort apart, each of ``t`` clients or more.
 """
 
 import hashlib

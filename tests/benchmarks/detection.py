@@ -5,10 +5,10 @@
 Every registered manipulation runs its own toy case, under a few seeds, through a federation whose
 clients use every registered detector and refuse nothing.  Limits come from honest federations of
 other models and other seeds, on two data sets, from the first round on an untrained model to the
-last on a trained one; of the scenario they share only the batch size, which a client knows.  A
-limit is the least one that at most 1 % (5 %) of those honest client rounds exceed, among those on
-which the check has a figure.  The toy case without its attack (the *honest twin*) then shows what
-false alarms that limit really gives there.
+last on a trained one; of the scenario they share only the batch size, which a client knows (the
+largest of a few that is not above it).  A limit is the least one that at most 1 % (5 %) of those
+honest client rounds exceed, among those on which the check has a figure.  The toy case without its
+attack (the *honest twin*) then shows what false alarms that limit really gives there.
 
 Scores are kept in ``--out``, one file a federation; delete it when a detector changes.
 """
@@ -57,9 +57,11 @@ MODELS = (
     "resnet20(width=8, norm='group')",
     "resnet20(width=8)",
 )
+BATCHES = (2, 4, 8, 16, 32, 64)
 EXAMPLES, CLIENTS, ROUNDS, STEPS = 256, 2, 6, 48
-#: A check that sees this share of the client rounds sees the attack.
-SEEN = 0.95
+#: A check that sees this share of the client rounds sees the attack; some send one client an
+#: honest model.
+SEEN = 0.5
 
 
 def detectors() -> list[str]:
@@ -173,8 +175,9 @@ def evaluated(case: Flat, cache: Path) -> Case:
     """Run a toy case and its twin under all seeds, and the honest rounds that set its limits."""
     attacked = [s for seed in ATTACKED_SEEDS for s in measured(watched(case, seed), cache)]
     alike = [s for seed in ATTACKED_SEEDS for s in measured(watched(twin(case), seed), cache)]
-    local = Parts(Scenario.from_flat(case)).local
-    benign = list(benign_rounds(str(case["model.name"]), local.batch_size, cache))
+    wanted = Parts(Scenario.from_flat(case)).local.batch_size
+    batch_size = max((size for size in BATCHES if size <= wanted), default=BATCHES[0])
+    benign = list(benign_rounds(str(case["model.name"]), batch_size, cache))
     names = {name for one in benign for name in one}
     limits = {
         alarms: {n: limit((one[n] for one in benign if n in one), alarms) for n in names}
@@ -209,8 +212,11 @@ def page(cases: dict[str, Case], failed: dict[str, str]) -> str:
             datasets=" and ".join(DATASETS),
             honest_seeds=len(HONEST_SEEDS),
             local_rounds=ROUNDS,
+            batches=", ".join(map(str, BATCHES)),
         ),
         "## Which checks see which attack\n",
+        f"In at least {SEEN:.0%} of the client rounds at the 1 % limit, with at most 5 % false "
+        "alarms on the honest twin.\n",
         "\n".join(f"- `{attack}`: {', '.join(by) or 'none'}" for attack, by in seen.items()) + "\n",
         "## Detection rate\n",
         table(cases, checks, lambda case: case.attacked),
@@ -241,9 +247,10 @@ refusals, {rounds} client rounds in all.
 
 Limits are the least ones that at most 1 % (5 %) of honest client rounds exceed: of {models}, never
 the attacked model itself, on {datasets}, with {honest_seeds} other seeds, over {local_rounds}
-rounds from an untrained to a trained model, with the attacked scenario's batch size. A cell is the
-share of client rounds above the limit at 1 % / at 5 %; a dash is a check that has no figure there
-(no convolution, no second linear layer, no honest round to set a limit).
+rounds from an untrained to a trained model, with the attacked scenario's batch size (the largest of
+{batches} that is not above it). A cell is the share of client rounds above the limit at 1 % / at
+5 %; a dash is a check that has no figure there (no convolution, no hidden linear layer, a batch of
+one, no honest round to set a limit).
 
 What the table is not: toy cases are small models in their first rounds, and none of these
 attackers knows the checks. One who does draws a functional for each row, orders nothing, and

@@ -245,6 +245,7 @@ VGG = "vgg16(hidden=64, padding_mode='replicate')"
 
 @cifar
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("attack", "changes", "low", "high"),
     [

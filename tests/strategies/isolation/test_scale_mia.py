@@ -172,6 +172,7 @@ cifar = pytest.mark.skipif(
 
 @cifar
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_both_kinds_of_cutoffs_share_out_unseen_codes_by_the_law() -> None:
     seen, unseen = (
         part("train_1").subset(torch.arange(*ends)) for ends in ((5000,), (5000, 10000))
@@ -181,7 +182,7 @@ def test_both_kinds_of_cutoffs_share_out_unseen_codes_by_the_law() -> None:
     generator = torch.Generator().manual_seed(0)
     decoder = auto_encoder.mirrored(encoder, (3, 32, 32), generator)
     auto_encoder.train(
-        encoder, decoder, seen, epochs=30, generator=generator, device=cpu, tell=lambda *_: None
+        encoder, decoder, seen, epochs=12, generator=generator, device=cpu, tell=lambda *_: None
     )
     own, other = (auto_encoder.encoded(encoder, split, cpu).flatten(1) for split in (seen, unseen))
     for bins in ("empirical", "normal"):
@@ -222,7 +223,7 @@ def test_the_share_that_passes_18_db_is_the_laws_times_the_auto_encoders(
             {
                 **DEFAULTS,
                 "threat-model": "G",
-                "attack": "scale-mia",
+                "attack": "scale-mia(epochs=12)",
                 "channel": f"secagg(max_weight={images // 8})",
                 "data.dataset": "cifar-test",
                 "model.name": "cnn",

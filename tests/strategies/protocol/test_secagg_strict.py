@@ -17,6 +17,8 @@ from fedsim.engines.inline import run_inline
 from fedsim.errors import RunFailed, ScenarioError
 from fedsim.interception import Interception, RoundTap
 from fedsim.parts import Parts, check
+from fedsim.registry import components
+from fedsim.scenario import Scenario
 from fedsim.threat import Capability, Knowledge
 from strategies.channels.secagg import SecAgg
 from strategies.channels.secagg_strict import COMMITMENT
@@ -287,6 +289,21 @@ def test_models_that_differ_from_client_to_client_are_refused(
     refusals = [f for f in report["federation"]["failures"] if f["client"] is not None]
     assert [f["client"] for f in refusals] == [0, 1, 2, 3]
     assert all("a neighbor was told of another model" in f["reason"] for f in refusals)
+
+
+@pytest.mark.parametrize("attack", ["model-inconsistency", "loki", "sparse-linear-layer"])
+def test_attacks_that_tailor_the_model_end_there(attack: str, tmp_path: Path) -> None:
+    toy = components("attack")[attack].toy.scenario  # type: ignore[attr-defined]
+    channel = "secagg(strict=True, threshold=0.8)"
+    page = run_inline(
+        Scenario.from_flat({**toy, "channel": channel, "output.dir": str(tmp_path)}), "a test"
+    )
+    report = json.loads((page.parent / "report.json").read_text())
+    assert list((page.parent / "views").glob("*")) == []
+    reasons = {f["reason"] for f in report["federation"]["failures"] if f["client"] is not None}
+    assert reasons == {
+        "secagg(strict=True) refused the round: a neighbor was told of another model"
+    }
 
 
 # -- honest rounds -----------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def _called(model: nn.Module) -> list[tuple[str, nn.Module]]:
     model = copy.deepcopy(model).eval()
     called: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
-        if not any(module.children()):
+        if not any(module.children()) and not isinstance(module, nn.Sequential):
             module.register_forward_hook(lambda m, *_, name=name: called.append((name, m)))
     with torch.no_grad():
         model(torch.zeros(1, *_shape(model), dtype=_dtype(model)))

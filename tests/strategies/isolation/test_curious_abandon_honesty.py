@@ -1,0 +1,150 @@
+"""Curious servers through a federation: what traps catch, behind convolutions, sums and steps.
+
+R is counted by the auditor's matching of candidates to the vault; A and P by running the model that
+was sent on it.  ``alone`` is what any reading could get: images that some row heard alone.
+"""
+
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+from fedsim.errors import ScenarioError
+from tests.fedsim.small import federated
+from tests.strategies.isolation.trapped_federation import (
+    Caught,
+    needs_cifar,
+    plug_in_cifar,
+    rounds,
+)
+
+TILES = {
+    "data.dataset": "photo-tiles",
+    "model.name": "mlp(hidden=[128])",
+    "federation.clients": 4,
+    "federation.local": "fedsgd(batch_size=8, lr=0.1)",
+}
+
+
+def shares(seen: list[Caught]) -> tuple[float, float, float, float]:
+    """Return A, P, R and the share of images that some row heard alone."""
+    alone = mean(float(one.alone.double().mean()) for one in seen)
+    return (
+        mean(one.active for one in seen),
+        mean(one.single for one in seen),
+        mean(one.recall for one in seen),
+        alone,
+    )
+
+
+# -- the paper's batches of 100 from CIFAR-10 ------------------------------------------------------
+@pytest.mark.slow
+@needs_cifar
+@pytest.mark.parametrize(
+    ("rows", "active", "single", "recall"),
+    [
+        ("scale=0.95", (0.65, 0.78), (0.36, 0.46), (0.42, 0.56)),
+        ("scale=0.97", (0.98, 1.0), (0.0, 0.05), (0.09, 0.29)),
+        ("rows='gaussian'", (0.8, 1.0), (0.0, 0.1), (0.13, 0.3)),
+        ("rows='quantile'", (0.49, 0.6), (0.39, 0.49), (0.5, 0.64)),
+    ],
+)
+def test_what_the_paper_counts(
+    rows: str,
+    active: tuple[float, float],
+    single: tuple[float, float],
+    recall: tuple[float, float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plug_in_cifar(monkeypatch)
+    seen = rounds(
+        tmp_path,
+        f"curious-abandon-honesty({rows})",
+        **{
+            "data.dataset": "cifar",
+            "model.name": "mlp(hidden=[1000])",
+            "federation.clients": 10,
+            "federation.local": "fedsgd(batch_size=100, lr=0.1)",
+        },
+    )
+    a, p, r, alone = shares(seen)
+    rate = mean(float(one.fired.double().mean()) for one in seen)
+    print(f"{rows}: A {a:.3f} P {p:.3f} R {r:.3f}, alone {alone:.3f}, rate {rate:.4f}")
+    assert active[0] <= a <= active[1]
+    assert single[0] <= p <= single[1]
+    assert recall[0] <= r <= recall[1]
+    assert r >= alone - 0.02
+
+
+# -- what comes back is what some row heard alone ------------------------------------------------
+@pytest.mark.parametrize("model", ["mlp(hidden=[128])", "convnet(width=32, hidden=[128])"])
+def test_whoever_is_alone_in_a_row_comes_back(model: str, tmp_path: Path) -> None:
+    seen = rounds(tmp_path, "curious-abandon-honesty", **{**TILES, "model.name": model})
+    *_, recall, alone = shares(seen)
+    assert alone > 0.5
+    assert recall == pytest.approx(alone, abs=0.04)
+
+
+def test_a_sum_of_clients_is_one_large_batch(tmp_path: Path) -> None:
+    channel = {"channel": "secagg(max_weight=8)"}
+    (one,) = rounds(tmp_path, "curious-abandon-honesty(together=32)", **{**TILES, **channel})
+    read = one.psnr >= 40
+    assert one.alone.sum() >= 3
+    assert (read & one.alone).sum() >= one.alone.sum() - 1
+    assert read.double().mean() < 0.6
+
+
+def test_without_surrogate_data_it_is_threat_model_f(tmp_path: Path) -> None:
+    settings = {**TILES, "threat-model": "F"}
+    with pytest.raises(ScenarioError, match="needs surrogate"):
+        federated(tmp_path, {**settings, "attack": "curious-abandon-honesty"})
+    seen = rounds(tmp_path, "curious-abandon-honesty(rows='quantile')", **settings)
+    assert shares(seen)[2] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "because"),
+    [
+        ({"model.name": "resnet20"}, "cannot be led through"),
+        ({"model.name": "convnet"}, "needs a bias, a ReLU"),
+        (
+            {
+                "model.name": "convnet(hidden=[16])",
+                "federation.local": "fedavg(batch_size=8, lr=0.1)",
+            },
+            "the convolutions before the traps drift",
+        ),
+        ({"attack": "curious-abandon-honesty(rows='gaussian', scale=0.9)"}, "scale= is the traps'"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_client_trains(
+    changes: dict[str, str], because: str, tmp_path: Path
+) -> None:
+    settings = {**TILES, "threat-model": "G", "attack": "curious-abandon-honesty", **changes}
+    with pytest.raises(ScenarioError, match=because):
+        federated(tmp_path, settings)
+    assert not list(tmp_path.iterdir())
+
+
+# -- local steps -----------------------------------------------------------------------------------
+def after_local_steps(folder: Path, batch: int, epochs: int = 1) -> tuple[float, float]:
+    """Return R and the share alone in the model as it was sent; 35 or 36 images a client."""
+    seen = rounds(
+        folder,
+        "curious-abandon-honesty(together=36)",
+        **{
+            **TILES,
+            "federation.clients": 64,
+            "federation.fraction": 0.0625,
+            "federation.local": f"fedavg(batch_size={batch}, epochs={epochs}, lr=0.01)",
+        },
+    )
+    return shares(seen)[2], shares(seen)[3]
+
+
+def test_local_steps_lose_little_because_a_row_hears_few_images(tmp_path: Path) -> None:
+    one_step, alone = after_local_steps(tmp_path / "1", batch=36)
+    eight_steps, _ = after_local_steps(tmp_path / "8", batch=5)
+    assert one_step >= alone - 0.04
+    assert eight_steps >= one_step - 0.1
