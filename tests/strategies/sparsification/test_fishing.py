@@ -8,26 +8,29 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
-from fedsim import reconstructions, registry
-from fedsim.attack import Reconstruction
-from fedsim.data import DataSet, Split, load_dataset
+from fedsim import registry
+from fedsim.data import DataSet, load_dataset
 from fedsim.errors import RunFailed, ScenarioError
-from fedsim.models import build_model, load_arrays
-from fedsim.threat import Knowledge, least_model
-from fedsim.view import ServerView
+from fedsim.threat import least_model
 from strategies.attacks.analytic.sparsification.fishing import Fishing
 from strategies.attacks.analytic.sparsification.fishing_heads import (
-    Answer,
     Mark,
     holds_one,
     isolated,
     marks,
     next_threshold,
 )
-from strategies.attacks.labels.rule import classifier
-from tests.fedsim.small import Ran, federated, plug_in
+from tests.fedsim.small import federated, plug_in
+from tests.strategies.sparsification.fished import (
+    answers,
+    cosine,
+    features,
+    found,
+    on_its_model,
+    truth,
+    without_head,
+)
 
 BATCH = 16
 MIXED = {
@@ -56,60 +59,6 @@ def _three_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
         return DataSet(digits.train.subset(torch.cat(chosen)), digits.test, ("0", "1", "2"))
 
     plug_in(monkeypatch, "dataset", "three-kinds", load)
-
-
-def knowing(ran: Ran) -> Knowledge:
-    counts = {view.label: view.num_examples for view in ran.views}
-    details = ran.parts.local.details()
-    device = torch.device("cpu")
-    return Knowledge(
-        "F", data=ran.parts.spec, training=details, seed=1, device=device, num_examples=counts
-    )
-
-
-def answers(ran: Ran) -> list[Answer]:
-    name, _ = classifier(ran.parts.model())
-    return [Answer.read(view, name, knowing(ran), at) for at, view in enumerate(ran.views)]
-
-
-def truth(ran: Ran, view: ServerView) -> Split:
-    (client,) = view.senders
-    record = ran.vault.record(client, view.round)
-    assert record is not None
-    return Split(record.examples, record.labels)
-
-
-def on_its_model(ran: Ran, view: ServerView, batch: Split) -> dict[str, Tensor]:
-    """Return the mean gradient of a batch on the model that a view is of, in float64."""
-    model = build_model(view.model, ran.parts.spec).double()
-    load_arrays(model, {name: tensor.double() for name, tensor in view.sent.items()})
-    images, labels = batch.batch(torch.arange(len(batch)), torch.float64)
-    nn.functional.cross_entropy(model(images), labels).backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def features(ran: Ran, view: ServerView, batch: Split) -> Tensor:
-    """Return what the head gets, ``[B, D]``."""
-    model = build_model(view.model, ran.parts.spec).double()
-    load_arrays(model, {name: tensor.double() for name, tensor in view.sent.items()})
-    seen: list[Tensor] = []
-    classifier(model)[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    model(batch.batch(torch.arange(len(batch)), torch.float64)[0])
-    return seen[0].detach()
-
-
-def cosine(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    a, b = (torch.cat([g[n].double().flatten() for n in sorted(one)]) for g in (one, other))
-    return float(nn.functional.cosine_similarity(a, b, dim=0))
-
-
-def without_head(gradient: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    return {n: g for n, g in gradient.items() if not n.startswith(name)}
-
-
-def found(ran: Ran) -> Reconstruction:
-    (path,) = (ran.folder.path / "reconstructions").glob("*.safetensors")
-    return reconstructions.load(path)[0]
 
 
 # -- one class of a mixed batch ------------------------------------------------------------------

@@ -115,6 +115,12 @@ class Fishing(Manipulation):
         published="the authors' notebooks, ImageNet, ResNet-18, registered PSNR of the best of the "
         "batch: 256 random images, class fishing, 20.2 dB; 50 images of one class, 7 queries, "
         "18.3 dB (ViT: 20.8); across devices, 16 of one class, 19.2",
+        measured="CIFAR-10, batches of 64: class fishing's gradient has cosine 1.00000000 to the "
+        "class's own; of one class, 11 images alone in 16 rounds, the first in round 4 "
+        "(FEDSIM_TEST_DATA=... pytest -s tests/strategies/sparsification/test_fishing_on_cifar.py)."
+        "  Photo tiles, four batches of 32, 4 rounds, untrained convnet(stride=2), 500 iterations: "
+        "5 images, 24.5 to 40.8 dB (fedsim run scenarios/fishing.toml).  Patches of one class, "
+        "linear inversion, 12 rounds: 26 of 160 at 115 dB or more (fishing_features.toml)",
     )
     needs: ClassVar[frozenset[Capability]] = frozenset(
         {Capability.UPDATES, Capability.BASICS, Capability.MANIPULATION}

@@ -92,6 +92,12 @@ class ModelInconsistency(Manipulation):
         year=2022,
         published="the sum is the target's gradient, to the bit, for every parameter but the last "
         "bias (the authors' demo compares them), whatever the number of clients",
+        measured="others' gradients exactly 0 but for the last bias; behind SecAgg+ with 2, 8 and "
+        "32 clients the sum is the target's gradient to one rounding step (pytest -m 'slow or not "
+        "slow' tests/strategies/sparsification/test_model_inconsistency.py).  Inverting Gradients "
+        "on batches of 4, 8 clients: 23.1 dB on average (fedsim run "
+        "scenarios/model_inconsistency.toml).  Robbing the Fed as payload, one of 32 clients: 8 of "
+        "8 images, 51 to 64 dB (model_inconsistency_secagg.toml)",
     )
     needs: ClassVar[frozenset[Capability]] = frozenset(
         {Capability.UPDATES, Capability.BASICS, Capability.DETAILS, Capability.MANIPULATION}
