@@ -63,7 +63,7 @@ def ran(folder: Path, attack: str, channel: str, clients: int = 3) -> Ran:
 def own_images(run: Ran, client: int) -> Tensor:
     record = run.vault.record(client, 1)
     assert record is not None
-    return record.examples.double() / (255 if record.examples.dtype == torch.uint8 else 1)
+    return record.examples.double()
 
 
 def read_by_block(run: Ran) -> dict[int, Tensor]:
