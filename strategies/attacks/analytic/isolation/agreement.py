@@ -137,7 +137,7 @@ def _rounding(rows: Tensor) -> float:
     values = rows[rows != 0].abs()
     smallest = values.unique()[:1000]
     apart = smallest.diff()
-    apart = apart[apart > 0.01 * smallest[:1]]  # less is what float arithmetic made of equal ones
+    apart = apart[apart > 1e-6 * smallest[-1:]]  # less is what float arithmetic made of equal ones
     if len(apart) < 2:
         return 0.0
     step = float(apart.min())

@@ -95,15 +95,16 @@ class SybilSaDp(Manipulation):
             "threat-model": "H",
             "attack": "sybil-sa-dp(cohort=8)",
             "channel": "secagg(max_weight=1)",
-            "defenses": "distributed-dp(norm=1.0, sigma=0.01, cohort=8)",
+            "defenses": "distributed-dp(norm=1.0, sigma=0.003, cohort=8)",
             "data.dataset": "photo-tiles",
             "model.name": "mlp(hidden=[32])",
             "federation.clients": 4,
             "federation.local": "fedsgd(batch_size=1, lr=0.1)",
         },
+        # The noise is drawn anew; six keys gave 27.4 to 29.6.
         figure="leak.psnr.max",
-        low=15.0,
-        high=25.0,
+        low=22.0,
+        high=36.0,
     )
 
     cohort: Annotated[int, Field(ge=2)] = 8
