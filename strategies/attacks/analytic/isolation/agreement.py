@@ -135,7 +135,7 @@ def noise_of(weight: Tensor, bias: Tensor, summands: int = 1) -> float:
 def _rounding(rows: Tensor) -> float:
     """Return the step of which all entries are multiples, or 0."""
     values = rows[rows != 0].abs()
-    smallest = values.unique()[:1000]
+    smallest = torch.unique(values)[:1000]
     apart = smallest.diff()
     apart = apart[apart > 1e-6 * smallest[-1:]]  # less is what float arithmetic made of equal ones
     if len(apart) < 2:

@@ -69,8 +69,13 @@ class MKOR(Manipulation):
         authors="Wang, Velipasalar, Gursoy",
         venue="WACV",
         year=2024,
-        published="",
-        measured="",
+        published="the paper's tables were not at hand; its authors' clients minimize NLL on raw "
+        "logits, no cross-entropy",
+        measured="one linear layer: exact for all 9 classes that are not sacrificed, and under raw "
+        "NLL for all 10 (pytest tests/strategies/isolation/test_mkor.py).  VGG-16 at 224, one "
+        "CIFAR-10 image a class: raw NLL 23.7 dB, cross-entropy 9.3, with a class sacrificed 23.7 "
+        "(-m slow, FEDSIM_TEST_DATA).  LeNet-5 with 12 and 48 maps on CIFAR-10: 19.6 dB.  Photo "
+        "tiles: fedsim run scenarios/mkor.toml: 18 of 32 at 20 dB, mean 23.7 dB",
     )
     needs: ClassVar[frozenset[Capability]] = frozenset(
         {Capability.UPDATES, Capability.BASICS, Capability.MANIPULATION}
@@ -84,9 +89,11 @@ class MKOR(Manipulation):
             "federation.clients": 8,
             "federation.local": "fedsgd(batch_size=4, lr=0.1)",
         },
+        # 32 (1 - 1/10)^3 9/10 = 21 of 32 are the only one of a class that is not sacrificed; seeds
+        # 0 to 3 and 7 gave 14 to 25.
         figure="leak.exact",
-        low=1.0,
-        high=32.0,
+        low=10.0,
+        high=29.0,
     )
 
     sacrificed: Annotated[int, Field(ge=0)] | None = 0

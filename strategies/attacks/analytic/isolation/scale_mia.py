@@ -85,10 +85,10 @@ class ScaleMIA(Manipulation):
         authors="Shi, Wang, Xiao, Zhang, Shi, Hou, Lou",
         venue="NDSS",
         year=2025,
-        published="share of images at 18 dB and their mean PSNR, CIFAR-10, 1024 bins, 64 / 128 / 256 "
-        "/ 512 images (authors' saved batches): 0.875 / 0.891 / 0.785 / 0.688 at 28.5 / 28.7 / 28.2 "
-        "/ 27.0 dB; the bins to read are taken from the private images, failures left out of the "
-        "mean",
+        published="share of images at 18 dB and their mean PSNR, CIFAR-10, 1024 bins, 64 / 128 / "
+        "256 / 512 images (authors' saved batches): 0.875 / 0.891 / 0.785 / 0.688 at 28.5 / 28.7 / "
+        "28.2 / 27.0 dB; which bins to read is taken from the private images, and failures are "
+        "left out of the mean",
         measured="@MEASURED@",
     )
     needs: ClassVar[frozenset[Capability]] = frozenset(
@@ -110,7 +110,8 @@ class ScaleMIA(Manipulation):
             "federation.local": "fedsgd(batch_size=8, lr=0.1)",
             "audit.criterion": "psnr>=18",
         },
-        # (1 - 1/256)^7 = 0.97 alone in their bin, of which the decoder shows nine in ten.
+        # (1 - 1/256)^7 = 0.97 alone in their bin, of which the decoder shows nine in ten; seeds
+        # 0 to 2 and 7 gave 0.81 to 0.91.
         figure="leak.leak_rate",
         low=0.65,
         high=0.98,
