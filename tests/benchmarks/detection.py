@@ -10,7 +10,8 @@ largest of a few that is not above it, or the smallest).  A limit is the least o
 (5 %) of those honest client rounds exceed, among those on which the check has a figure.  The toy
 case without its attack (the *honest twin*) then shows what false alarms that limit really gives.
 
-Scores are kept in ``--out``, one file a federation; delete it when a detector changes.
+Scores of honest federations are kept in ``--out``, one file each; delete it when a detector or a
+model changes.
 """
 
 import argparse
@@ -115,10 +116,10 @@ def twin(case: Flat) -> Flat:
 
 
 def measured(case: Flat, cache: Path) -> list[Scores]:
-    """Return what every client measured in every round; run the federation if nobody has yet."""
+    """Return what every client measured in every round; honest federations run only once."""
     text = json.dumps({"federation.threads": 1, "federation.device": "cpu", **case}, sort_keys=True)
     kept = cache / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
-    if not kept.exists():
+    if case["attack"] != "none" or not kept.exists():
         print(f"  {case['attack']}, {case.get('model.name')}, seed {case['seed']}", flush=True)
         found = run(json.loads(text))
         kept.write_text(json.dumps({"scenario": json.loads(text), "scores": found}))
