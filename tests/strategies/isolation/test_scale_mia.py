@@ -122,8 +122,10 @@ def test_the_decoder_is_made_anew_from_the_same_view_and_is_the_same(tmp_path: P
     assert torch.allclose(first.examples, again.examples, atol=1e-5)
 
 
-def test_later_rounds_send_what_the_first_one_sent(tmp_path: Path) -> None:
-    ran = federated(tmp_path, {**FEW, "federation.rounds": 2})
+@pytest.mark.parametrize("channel", ["plain", "secagg"])
+def test_later_rounds_send_what_the_first_one_sent(channel: str, tmp_path: Path) -> None:
+    ran = federated(tmp_path, {**FEW, "federation.rounds": 2, "channel": channel})
+    assert ran.failures == []
     first, last = ran.views[0], ran.views[-1]
     assert (first.round, last.round) == (1, 2)
     assert all(torch.equal(first.sent[name], last.sent[name]) for name in first.sent)
@@ -210,7 +212,7 @@ def test_both_kinds_of_cutoffs_share_out_unseen_codes_by_the_law() -> None:
 @cifar
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("images", [64, 256, 512])
+@pytest.mark.parametrize("images", [64, 128, 256, 512])
 def test_the_share_that_passes_18_db_is_the_laws_times_the_auto_encoders(
     images: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,7 +230,7 @@ def test_the_share_that_passes_18_db_is_the_laws_times_the_auto_encoders(
         passes.append(float((-10 * mse.log10() > 18).double().mean()))
 
     monkeypatch.setattr(auto_encoder, "train", watched)
-    rounds = max(1, 512 // images)
+    rounds = max(2, 512 // images)
     ran = federated(
         tmp_path,
         {
@@ -242,6 +244,8 @@ def test_the_share_that_passes_18_db_is_the_laws_times_the_auto_encoders(
             "federation.local": f"fedsgd(batch_size={images // 8}, lr=1e-9)",
         },
     )
+    assert ran.failures == []
+    assert len(ran.views) == rounds
     (path,) = (ran.folder.path / "reconstructions").glob("*.safetensors")
     found, _ = reconstructions.load(path)
     seen = codes_in(ran)

@@ -11,8 +11,8 @@ layers are inverted (:mod:`.feature_inversion`).
 
 Decided here: negentropy is on, as in the paper's text (the authors' released step sets it to zero;
 ``negentropy=0`` ablates it, and it changes next to nothing).  Sign and size come from the bias
-gradient, never from the truth.  The weights of the terms are ours, found on CIFAR-10 batches
-other than those the figures are of: the paper sweeps its own for every network, and does not say
+gradient, never from the truth.  The weights of the terms are ours, found on random batches of
+CIFAR-10 other than the measured ones: the paper sweeps its own for every network, and does not say
 how it scales total variation.
 """
 

@@ -149,12 +149,14 @@ class Loki(Manipulation):
             "data.dataset": "lfw-faces",
             "model.name": "mlp(hidden=[16])",
             "federation.clients": 4,
-            "federation.local": "fedavg(epochs=1, batch_size=5, lr=0.05)",
+            "federation.local": "fedavg(epochs=1, batch_size=5, lr=0.005)",
             "federation.threads": 1,
         },
+        # 160 x the push-out law of 40 images in 160 bins, 0.86: 138; the bins are cut by 20 faces
+        # that the attacker has.  Seeds 1, 2 and 7 gave 138, 136 and 112.
         figure="leak.leaked",
-        low=100.0,
-        high=150.0,
+        low=95.0,
+        high=154.0,
     )
 
     units: Annotated[int, Field(ge=3)] = 256

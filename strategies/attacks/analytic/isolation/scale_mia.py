@@ -133,7 +133,8 @@ class ScaleMIA(Manipulation):
         """Train the auto-encoder, cut the bins and overwrite every layer, in the first round."""
         if knowledge.history:
             first = knowledge.history[0]
-            return ModelToSend(first.model, first.sent)
+            # A saved view has its arrays in another order, and SecAgg+ goes by the order.
+            return ModelToSend(expression, {name: first.sent[name] for name in arrays})
         spec, split, device = knowledge.basics.data, knowledge.surrogate, knowledge.device
         model = build_model(expression, spec)
         load_arrays(model, arrays)

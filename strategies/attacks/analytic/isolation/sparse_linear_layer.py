@@ -180,9 +180,10 @@ class SparseLinearLayer(Manipulation):
             "federation.local": "fedsgd(batch_size=16, lr=0.1)",
             "federation.threads": 1,
         },
+        # 64 (1 - 1/32)^15 = 40; seeds 1, 2 and 7 gave 32, 41 and 39.
         figure="leak.leaked",
-        low=28.0,
-        high=50.0,
+        low=26.0,
+        high=52.0,
     )
 
     units: Annotated[int, Field(ge=3)] = 256
