@@ -29,12 +29,10 @@ class Paper:
 
 @dataclass(frozen=True)
 class Cost:
-    """What an attack cost: wall seconds, gradient evaluations, and what the server added."""
+    """What an attack cost: wall seconds and gradient evaluations."""
 
     seconds: float = 0.0
     gradient_evaluations: int = 0
-    parameters_added: int = 0
-    bytes_added: int = 0
 
 
 @dataclass(frozen=True)

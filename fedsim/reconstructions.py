@@ -97,8 +97,7 @@ def unpack(facts: Mapping[str, Any], content: bytes) -> Reconstruction:
     Exception
         Of whatever kind, if it is not that.
     """
-    counts = ("gradient_evaluations", "parameters_added", "bytes_added")
-    cost = Cost(float(facts["seconds"]), *(int(facts[name]) for name in counts))
+    cost = Cost(float(facts["seconds"]), int(facts["gradient_evaluations"]))
     receipts = tuple(str(receipt) for receipt in facts["receipts"])
     return Reconstruction(**from_bytes(content), cost=cost, receipts=receipts)
 

@@ -29,9 +29,10 @@ from fedsim.errors import RunFailed
 from fedsim.federation import Applied, Refereed, build_strategy
 from fedsim.interception import Interception
 from fedsim.isolation import parent as isolation
+from fedsim.manipulated import manipulation_facts
 from fedsim.models import build_model, load_arrays, travelling
 from fedsim.parts import Parts
-from fedsim.population import Ledger, Population, Tap
+from fedsim.population import Ledger, Population, Tap, client_of
 from fedsim.progress import Progress
 from fedsim.run_folder import RunFolder, plainly
 from fedsim.scenario import Scenario
@@ -78,6 +79,9 @@ def federate(parts: Parts, grid: Grid, context: Context, folder: RunFolder) -> b
             population.tap = cast(Tap, role)
         behind = parts.channel.grid(population, context, scenario.federation.timeout)
         accuracy = _train(parts, role, population, behind, on_round, called="federation")
+    honest = accuracy.pop("last_honest")
+    if isinstance(parts.attack, Manipulation):
+        history.manipulation = _manipulation(parts, role, honest)
     history.seconds = time.perf_counter() - history.started
     if scenario.audit.baseline:
         accuracy["baseline_after"] = _baseline(parts, grid, folder)
@@ -86,6 +90,20 @@ def federate(parts: Parts, grid: Grid, context: Context, folder: RunFolder) -> b
     if refused := _all_refused(parts, history.ledger, folder):
         folder.event("refused", rounds=len(history.ledger.round_seconds))
     return not refused
+
+
+def _manipulation(parts: Parts, role: Any, honest: float | None) -> dict[str, Any] | None:
+    """Compare what the federation's clients got in the last round with the honest model."""
+    clients = parts.scenario.federation.clients
+    sent = {node: what for node, what in role.sent.items() if client_of(node) < clients}
+    if not sent:
+        return None
+    holdout = split_test(parts.dataset.test, parts.scenario.seed)[1]
+
+    def measure(expression: str, arrays: ArrayRecord) -> float | None:
+        return accuracy(parts, arrays, holdout, expression)
+
+    return manipulation_facts(role.honest, sent, honest, measure)
 
 
 def _all_refused(parts: Parts, ledger: Ledger, folder: RunFolder) -> bool:
@@ -159,7 +177,7 @@ def _train(
     measured: dict[int, float | None] = {}
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-        if server_round in (0, rounds):
+        if server_round in (0, rounds - 1, rounds):
             measured[server_round] = accuracy(parts, arrays, holdout)
         return None
 
@@ -175,7 +193,12 @@ def _train(
     if not refereed.rounds_aggregated and not population.ledger.only_refusals():
         reasons = sorted({str(f["reason"]) for f in population.ledger.failures})
         raise RunFailed(f"no round had a usable reply: {'; '.join(reasons) or 'no reply at all'}")
-    return {"before": measured.get(0), "after": measured.get(rounds), "baseline_after": None}
+    return {
+        "before": measured.get(0),
+        "last_honest": measured.get(rounds - 1),
+        "after": measured.get(rounds),
+        "baseline_after": None,
+    }
 
 
 def _told(spec: DataSpec) -> dict[str, Any]:
@@ -195,11 +218,17 @@ def _baseline(parts: Parts, grid: Grid, folder: RunFolder) -> float | None:
     return measured["after"]
 
 
-def accuracy(parts: Parts, arrays: ArrayRecord, split: Split) -> float | None:
-    """Return the share of a split that a model classifies rightly; None where it is empty."""
+def accuracy(
+    parts: Parts, arrays: ArrayRecord, split: Split, expression: str | None = None
+) -> float | None:
+    """Return the share of a split that a model classifies rightly; None where it is empty.
+
+    The model is the scenario's unless another ``expression`` is given.
+    """
     if not len(split):
         return None
-    model = build_model(parts.scenario.model.name, parts.spec).to(parts.dtype)
+    expression = expression or parts.scenario.model.name
+    model = build_model(expression, parts.spec).to(parts.dtype)
     load_arrays(model, {name: array.numpy() for name, array in arrays.items()})
     model = model.eval().to(parts.device)
     right = 0
@@ -225,6 +254,7 @@ class History:
     knowledge: Knowledge | None
     started: float = field(default_factory=time.perf_counter)
     seconds: float | None = None
+    manipulation: dict[str, Any] | None = None
 
     @cached_property
     def privacy(self) -> list[dict[str, Any]]:
@@ -260,6 +290,7 @@ class History:
                 {"name": d.name, "must_change": d.changes_upload} for d in self.parts.defenses
             ],
             "privacy": self.privacy,
+            "manipulation": self.manipulation,
             "detection": [],
         }
 

@@ -38,6 +38,7 @@ class Federation(TypedDict, total=False):
     defenses_expected: list[dict[str, Any]]
     privacy: list[dict[str, Any]]
     detection: list[dict[str, Any]]
+    manipulation: dict[str, float | int | None] | None
 
 
 @dataclass(frozen=True)

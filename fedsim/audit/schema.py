@@ -139,6 +139,22 @@ class FederationPart(_Part):
     channel: dict[str, Any] = {}
 
 
+class Sent(_Part):
+    """What clients were sent in the last round, beside the honest model that it was made from.
+
+    Accuracies are on the hold-out, ``accuracy`` the mean over ``models_measured`` of the models
+    sent; sizes are the largest that a client got.
+    """
+
+    accuracy: FiniteFloat | None = None
+    honest_accuracy: FiniteFloat | None = None
+    models_measured: int
+    parameters: int
+    honest_parameters: int
+    bytes: int
+    honest_bytes: int
+
+
 class AttackPart(_Part):
     """Which attack, what it cost, and what it says it did."""
 
@@ -149,6 +165,7 @@ class AttackPart(_Part):
     gradient_evaluations: int
     parameters_added: int
     bytes_added: int
+    sent: Sent | None = Field(None, description="of a manipulation")
     receipts: list[str]
     reconstruction: str = Field(description="the file under reconstructions/")
     aggregated: bool = Field(description="the server saw sums over several clients only")

@@ -28,6 +28,7 @@ from fedsim.audit.schema import (
     Guess,
     Leak,
     Report,
+    Sent,
     Summary,
     ThreatModel,
 )
@@ -119,7 +120,7 @@ def _report(
         scenario=run.scenario,
         threat_model=threat_model,
         federation=_federation(run),
-        attack=_attack(saved),
+        attack=_attack(run, saved),
         defenses=defenses,
         detection=receipts.detections(records.values(), run.federation),
         leak=finding.leak,
@@ -343,19 +344,22 @@ def _federation(run: Run) -> FederationPart:
     return FederationPart(**kept, accuracy=Accuracy(**accuracy), failures=failures)
 
 
-def _attack(saved: Saved | None) -> AttackPart | None:
+def _attack(run: Run, saved: Saved | None) -> AttackPart | None:
     if saved is None:
         return None
     reconstruction, facts, path = saved
     cost = reconstruction.cost
+    told = run.federation.get("manipulation")
+    sent = Sent(**told) if told else None
     return AttackPart(
         expression=facts.expression,
         name=facts.name,
         paper=facts.paper,
         seconds=cost.seconds,
         gradient_evaluations=cost.gradient_evaluations,
-        parameters_added=cost.parameters_added,
-        bytes_added=cost.bytes_added,
+        parameters_added=sent.parameters - sent.honest_parameters if sent else 0,
+        bytes_added=sent.bytes - sent.honest_bytes if sent else 0,
+        sent=sent,
         receipts=list(reconstruction.receipts),
         reconstruction=path.name,
         aggregated=bool(facts.senders) and all(len(who) > 1 for who in facts.senders),

@@ -209,9 +209,15 @@ attack made. Of three, the one that leaks most by this run's criterion stands fo
 <tr><th scope="row">Attack</th><td class="number">{{ report.attack.seconds | seconds }}</td></tr>
 <tr><th scope="row">Gradient evaluations of the attack</th>\
 <td class="number">{{ report.attack.gradient_evaluations | count }}</td></tr>
-<tr><th scope="row">Added to the model that clients got</th>\
+{% if report.attack.sent %}{% set sent = report.attack.sent %}
+<tr><th scope="row">Accuracy of the model that clients got, and of the honest one</th>\
+<td class="number">{{ sent.accuracy | share }}, {{ sent.honest_accuracy | share }}</td></tr>
+<tr><th scope="row">Size of the model that clients got, and of the honest one</th>\
+<td class="number">{{ sent.bytes | size }}, {{ sent.honest_bytes | size }}</td></tr>
+<tr><th scope="row">Added to it</th>\
 <td class="number">{{ report.attack.parameters_added | count }} parameters, \
 {{ report.attack.bytes_added | size }}</td></tr>
+{% endif %}
 {% endif %}
 </tbody>
 </table>

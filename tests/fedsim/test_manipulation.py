@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.attack import Manipulation, ModelToSend, Reconstruction
+from fedsim.data import split_test
 from fedsim.defense import Batch, ClientContext, Defense, Tensors, Verdict
+from fedsim.models import build_model, load_arrays
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
 from tests.fedsim.small import NOBODY, federated, gray, plug_in
@@ -93,6 +95,29 @@ def test_each_client_can_get_a_model_of_its_own(
         "sent a modified model, to each its own, to 4/4 clients in round 1"
         in (ran.federation["receipts"])
     )
+
+
+def test_the_federation_says_what_clients_got_beside_the_honest_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plug_in(monkeypatch, "attack", "tailoring", Tailoring)
+    ran = federated(tmp_path / "each", {"attack": "tailoring", "federation.rounds": 2})
+    told = ran.federation["manipulation"]
+    assert (told["parameters"], told["bytes"]) == (told["honest_parameters"], told["honest_bytes"])
+    assert told["bytes"] == 4 * told["parameters"]
+    assert told["models_measured"] == 4
+    attack = "robbing-the-fed(units=16)"
+    ran = federated(tmp_path / "one", {"attack": attack, "threat-model": "G"})
+    told, accuracy = ran.federation["manipulation"], ran.federation["accuracy"]
+    assert told["parameters"] - told["honest_parameters"] == 16 * (8 * 8 + 1)
+    assert told["models_measured"] == 1
+    assert told["honest_accuracy"] == accuracy["before"]
+    model = build_model(ran.views[0].model, ran.parts.spec)
+    load_arrays(model, ran.views[0].sent)
+    holdout = split_test(ran.parts.dataset.test, ran.parts.scenario.seed)[1]
+    images, labels = holdout.batch(torch.arange(len(holdout)))
+    right = (model.eval()(images).argmax(dim=1) == labels).double().mean()
+    assert told["accuracy"] == pytest.approx(float(right))
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_a_reconstruction_comes_back_as_it_was(tmp_path):
     put = some(
         labels=torch.arange(5),
         scores=torch.rand(5),
-        cost=Cost(1.5, 300, 7, 28),
+        cost=Cost(1.5, 300),
         receipts=("read 5 rows of head.weight",),
     )
     path = reconstructions.save(tmp_path, put, FACTS)

@@ -55,6 +55,15 @@ FEDERATION: dict[str, Any] = {
     "channel": {"name": "plain"},
     "defenses_expected": [],
     "detection": [],
+    "manipulation": {
+        "accuracy": 0.09,
+        "honest_accuracy": 0.11,
+        "models_measured": 1,
+        "parameters": 1_800_000,
+        "honest_parameters": 100_000,
+        "bytes": 7_200_000,
+        "honest_bytes": 400_000,
+    },
 }
 EVENTS = ["started", "round", "federated", "reconstructed", "finished"]
 
@@ -109,7 +118,7 @@ def build(
         examples=torch.cat(examples),
         views=torch.cat(views),
         labels=torch.cat(labels) if with_labels else None,
-        cost=Cost(3.25, 0, 1_700_000, 6_800_000),
+        cost=Cost(3.25, 0),
         receipts=("read 32 candidates from 4 views",),
     )
     facts = Facts(

@@ -45,6 +45,8 @@ def test_a_known_run_is_judged_as_known(tmp_path):
     assert report.threat_model.used == ["updates", "basics", "manipulation"]
     assert report.federation.engine == "inline"
     assert report.classes[:2] == ["astronaut", "cat"]
+    assert (report.attack.parameters_added, report.attack.bytes_added) == (1_700_000, 6_800_000)
+    assert (report.attack.sent.accuracy, report.attack.sent.honest_accuracy) == (0.09, 0.11)
 
 
 def test_every_private_image_has_one_row_with_its_own_match(tmp_path):

@@ -195,9 +195,3 @@ def told(view: ServerView, clients: Tensor, bins: int) -> str:
     if len(counts) > 8:
         each = f"{min(counts)} to {max(counts)} of each of {len(counts)} clients"
     return f"read {len(clients)} occupied bins of {bins} in view {view.label} ({each})"
-
-
-def block_size(view: ServerView) -> tuple[int, int]:
-    """Return how many values, and bytes, are added to the model that one client was sent."""
-    own = [tensor for name, tensor in view.sent.items() if not name.startswith("body.")]
-    return sum(t.numel() for t in own), sum(t.numel() * t.element_size() for t in own)

@@ -205,7 +205,7 @@ class Loki(Manipulation):
         started = time.perf_counter()
         knowledge.require(Capability.UPDATES)
         spec = knowledge.basics.data
-        found, scores, sources, receipts, added = [], [], [], [], (0, 0)
+        found, scores, sources, receipts = [], [], [], []
         for index, view in enumerate(views):
             images, strength, clients, bins = self.read(view, spec)
             best = strength.argsort(descending=True, stable=True)[: blocks.most(view, knowledge)]
@@ -213,16 +213,11 @@ class Loki(Manipulation):
             scores.append(strength[best].float())
             sources.append(torch.full((len(best),), index))
             receipts.append(blocks.told(view, clients, bins))
-            added = blocks.block_size(view)
         return Reconstruction(
             examples=torch.cat(found) if found else torch.empty(0, *spec.shape),
             views=torch.cat(sources) if sources else torch.empty(0, dtype=torch.int64),
             scores=torch.cat(scores) if scores else None,
-            cost=Cost(
-                seconds=time.perf_counter() - started,
-                parameters_added=added[0],
-                bytes_added=added[1],
-            ),
+            cost=Cost(seconds=time.perf_counter() - started),
             receipts=tuple(receipts),
         )
 

@@ -233,7 +233,7 @@ class RobbingTheFed(Manipulation):
         started = time.perf_counter()
         knowledge.require(Capability.UPDATES)
         shape = knowledge.basics.data.shape
-        found, scores, sources, receipts, added = [], [], [], [], (0, 0)
+        found, scores, sources, receipts = [], [], [], []
         for index, view in enumerate(views):
             images, strength, bins = read_imprint(view)
             best = strength.argsort(descending=True, stable=True)[: _most(view, knowledge)]
@@ -241,16 +241,11 @@ class RobbingTheFed(Manipulation):
             scores.append(strength[best].float())
             sources.append(torch.full((len(best),), index))
             receipts.append(f"read {len(images)} occupied bins of {bins} in view {view.label}")
-            added = imprint_size(view)
         return Reconstruction(
             examples=torch.cat(found) if found else torch.empty(0, *shape),
             views=torch.cat(sources) if sources else torch.empty(0, dtype=torch.int64),
             scores=torch.cat(scores) if scores else None,
-            cost=Cost(
-                seconds=time.perf_counter() - started,
-                parameters_added=added[0],
-                bytes_added=added[1],
-            ),
+            cost=Cost(seconds=time.perf_counter() - started),
             receipts=tuple(receipts),
         )
 
@@ -328,12 +323,6 @@ def read_imprint(view: ServerView) -> tuple[Tensor, Tensor, int]:
     images = rows / moved[occupied].unsqueeze(1)
     whole = images.isfinite().all(dim=1)
     return images[whole], moved[occupied][whole].abs(), len(moved)
-
-
-def imprint_size(view: ServerView) -> tuple[int, int]:
-    """Return how many parameters, and bytes, the block adds to the model that was sent."""
-    own = [tensor for name, tensor in view.sent.items() if not name.startswith("body.")]
-    return sum(t.numel() for t in own), sum(t.numel() * t.element_size() for t in own)
 
 
 def _most(view: ServerView, knowledge: Knowledge) -> int | None:
