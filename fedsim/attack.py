@@ -3,12 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-from fedsim.threat import Capability, Knowledge
+from fedsim.threat import Capability, Knowledge, TrainingDetails
 from fedsim.view import ServerView
+
+if TYPE_CHECKING:
+    from fedsim.channel import Channel
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,29 @@ class ToyCase:
     high: float
 
 
+@dataclass(frozen=True)
+class Setting:
+    """The federation that a scenario asks for, for checks before it runs.
+
+    ``model`` has its initial weights.  ``clients`` are its own, of which ``cohort`` train in a
+    round; ``examples`` is how many each holds; ``batchnorm`` the scenario's policy.
+    """
+
+    model: nn.Module
+    clients: int
+    cohort: int
+    examples: tuple[int, ...]
+    training: TrainingDetails
+    batchnorm: str
+    channel: "Channel"
+
+    @property
+    def uploads(self) -> list[int]:
+        """Of how many examples each client's upload is, the fewest first."""
+        one_batch = self.training.kind == "gradient"
+        return sorted(min(n, self.training.batch_size) if one_batch else n for n in self.examples)
+
+
 class Attack(ABC):
     """Passive: works on what honest clients send."""
 
@@ -106,6 +132,16 @@ class Attack(ABC):
         ------
         ValueError
             Saying what does not fit and what would.
+        """
+
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse a federation in which this attack cannot work, before any client trains.
+
+        Raises
+        ------
+        ValueError
+            Saying what does not fit and what would; a ``ScenarioError`` where another key than
+            ``attack`` is to blame.
         """
 
     @abstractmethod

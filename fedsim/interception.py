@@ -11,7 +11,6 @@ from flwr.app import Message
 from torch import Tensor
 
 from fedsim.attack import Active
-from fedsim.channel import Channel
 from fedsim.threat import Knowledge
 
 
@@ -48,12 +47,6 @@ class RoundTap:
 
 class Interception(Active):
     """Active against the channel's protocol; ``needs`` must hold ``Capability.MANIPULATION``."""
-
-    def check_channel(self, channel: Channel, clients: int) -> None:
-        """Refuse a channel that this attack has no hand in (``ValueError``), before any round.
-
-        ``clients`` is how many there are in the federation.
-        """
 
     @abstractmethod
     def intercept(self, server_round: int, knowledge: Knowledge) -> RoundTap:

@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from fedsim import registry
-from fedsim.attack import Attack, Manipulation
+from fedsim.attack import Attack, Manipulation, Setting
 from fedsim.channel import Channel
 from fedsim.data import DataSet, DataSpec, load_dataset, partition
 from fedsim.defense import Defense, TrainingPlan, guarantees
 from fedsim.errors import ScenarioError
 from fedsim.federation import build_strategy, least_share, unfit_strategy
-from fedsim.interception import Interception
 from fedsim.local import Local
 from fedsim.models import initial_model, is_buffer, travelling
 from fedsim.scenario import Scenario
@@ -139,6 +138,7 @@ def check(parts: Parts) -> None:
         except ValueError as error:
             raise ScenarioError(key, component.name, str(error)) from error
     _check_statistics(parts, model)
+    _check_setting(parts, model)
     empty = [client for client, indices in enumerate(parts.partitions) if not len(indices)]
     if empty:
         remedy = f"client {empty[0]} (and {len(empty) - 1} more) would hold no example"
@@ -216,11 +216,27 @@ def _check_adversary(parts: Parts) -> None:
     if isinstance(attack, Manipulation) and "manipulation" not in granted:
         remedy = f"{attack.name} changes the model that clients get; use F, G or H"
         raise ScenarioError("threat-model", scenario.threat_model, remedy)
-    if isinstance(attack, Interception):
-        try:
-            attack.check_channel(parts.channel, scenario.federation.clients)
-        except ValueError as error:
-            raise ScenarioError("channel", scenario.channel, str(error)) from error
+
+
+def _check_setting(parts: Parts, model: nn.Module) -> None:
+    federation = parts.scenario.federation
+    if parts.attack is None:
+        return
+    setting = Setting(
+        model=model,
+        clients=federation.clients,
+        cohort=int(federation.clients * federation.fraction),
+        examples=tuple(map(len, parts.partitions)),
+        training=parts.local.details(),
+        batchnorm=parts.scenario.model.batchnorm,
+        channel=parts.channel,
+    )
+    try:
+        parts.attack.check_setting(setting)
+    except ScenarioError:
+        raise
+    except ValueError as error:
+        raise ScenarioError("attack", parts.scenario.attack, str(error)) from error
 
 
 def _check_order(defenses: tuple[Defense, ...], text: str) -> None:

@@ -233,6 +233,13 @@ class Knowledge:
             raise NotGranted(f"the protocol does not reveal how many examples {view.label} is of")
         return count
 
+    def most_examples(self, view: ServerView) -> int | None:
+        """Return :meth:`num_examples`, or None where the protocol does not reveal it."""
+        try:
+            return self.num_examples(view)
+        except NotGranted:
+            return None
+
     def about(self, num_examples: Mapping[str, int]) -> "Knowledge":
         """Return the same knowledge of views that the attack itself made, for an attack within it.
 

@@ -10,6 +10,7 @@ import pytest
 from fedsim import registry
 from fedsim.attack import ToyCase
 from fedsim.engines.inline import run_inline
+from fedsim.parts import Parts
 from fedsim.scenario import Scenario
 
 METHODS = [
@@ -30,3 +31,5 @@ def test_every_method_lands_in_its_band(toy: ToyCase, tmp_path: Path) -> None:
     report = json.loads((page.parent / "report.json").read_text())
     figure: Any = reduce(part_of, toy.figure.split("."), report)
     assert toy.low <= figure <= toy.high, f"{toy.figure} = {figure}, not {toy.low} to {toy.high}"
+    if attack := Parts(scenario).attack:
+        assert set(report["threat_model"]["used"]) <= {need.value for need in attack.needs}

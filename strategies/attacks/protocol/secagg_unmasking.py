@@ -43,8 +43,8 @@ from pydantic import Field
 from torch import nn
 
 from fedsim import registry
-from fedsim.attack import Active, Attack, Paper, Reconstruction, ToyCase
-from fedsim.channel import Channel
+from fedsim.attack import Active, Attack, Paper, Reconstruction, Setting, ToyCase
+from fedsim.errors import ScenarioError
 from fedsim.interception import Interception, RoundTap, Upload
 from fedsim.population import client_of, node_of
 from fedsim.registry import register
@@ -136,21 +136,27 @@ class SecAggUnmasking(Interception):
         """Refuse what the passive attack cannot work on."""
         self.passive.check(model, kind)
 
-    def check_channel(self, channel: Channel, clients: int) -> None:
+    def check_setting(self, setting: Setting) -> None:
         """Refuse a channel without this protocol, victims that do not exist, and idle splits."""
+        channel = setting.channel
         if not isinstance(channel, SecAgg):
-            raise ValueError(
+            raise ScenarioError(
+                "channel",
+                channel.name,
                 f"{self.name} breaks the protocol of secagg; use channel = 'secagg', or without "
-                f"secure aggregation attack = {self.then!r}"
+                f"secure aggregation attack = {self.then!r}",
             )
-        if absent := sorted(v for v in self.victims or () if v >= clients):
-            raise ValueError(f"victim {absent[0]} is none of the {clients} clients, 0 and up")
-        shares, threshold = channel.shares(clients)
+        if absent := sorted(v for v in self.victims or () if v >= setting.clients):
+            raise ValueError(
+                f"victim {absent[0]} is none of the {setting.clients} clients, 0 and up"
+            )
+        shares, threshold = channel.shares(setting.cohort)
         if self.lists == "split" and shares == threshold:
             raise ValueError(
                 f"all {shares} shares of a seed are wanted for the sum, none is left to tell of "
                 "the other; lists='split' needs a threshold below 1"
             )
+        self.passive.check_setting(replace(setting, cohort=1))
 
     def intercept(self, server_round: int, knowledge: Knowledge) -> RoundTap:  # noqa: ARG002
         """Return a tap that lies."""

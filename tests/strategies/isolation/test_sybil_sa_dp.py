@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedsim import reconstructions
 from fedsim.errors import ScenarioError
 from fedsim.models import build_model, load_arrays
 from fedsim.threat import Knowledge
@@ -55,7 +56,7 @@ def unclamped(ran: Ran, view: ServerView) -> torch.Tensor | None:
             load_arrays(model, view.sent)
             return model
 
-    weight, bias, pixels = layer_gradient(view, Known())
+    _, weight, bias, pixels = layer_gradient(view, Known())
     found = isolated(weight, bias, noise_of(weight, bias))
     return pixels.pixels(found.inputs[found.rows.argmax()]) if len(found.rows) else None
 
@@ -106,6 +107,19 @@ def test_the_bound_of_clipping_and_noise_is_neared_and_never_exceeded(
 def test_every_round_has_another_target(tmp_path: Path) -> None:
     ran = hunted(tmp_path, 3, 0.0, **{"federation.rounds": 5})
     assert [view.senders for view in ran.views] == [(0,), (1,), (2,), (3,), (0,)]
+
+
+def test_sybils_are_not_counted_among_the_images(tmp_path: Path) -> None:
+    ran = hunted(tmp_path, 8, 0.0)
+    (view,) = ran.views
+    found, _ = reconstructions.load(next((ran.folder.path / "reconstructions").glob("*.saf*")))
+    assert view.num_examples is not None
+    assert len(found.examples) <= view.num_examples - 7
+
+
+def test_a_target_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ScenarioError, match="target=9 is none of the 4 clients"):
+        hunted(tmp_path, 2, 0.0, attack="sybil-sa-dp(cohort=2, target=9)")
 
 
 def test_a_target_can_be_named(tmp_path: Path) -> None:

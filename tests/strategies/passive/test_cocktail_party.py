@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from fedsim import reconstructions
 from fedsim.data import DataSet
-from fedsim.errors import NotGranted
+from fedsim.errors import NotGranted, ScenarioError
+from fedsim.parts import Parts, check
 from strategies.attacks.analytic.closed_form.cocktail_party import CocktailParty, first_layer
 from strategies.attacks.analytic.closed_form.feature_inversion import features
 from strategies.attacks.analytic.closed_form.unmixing import Prior, separation_loss, unmix, whiten
-from tests.fedsim.small import Ran, federated, plug_in
+from tests.fedsim.small import Ran, federated, plug_in, scenario
 from tests.strategies.passive.honest import Honest, batch, cifar10, floor_psnr, matched_psnr, spec
 from tests.strategies.passive.honest import tiles as photo_tiles
 
@@ -136,10 +137,20 @@ def test_images_come_back_through_the_convolutions():
     assert reached.mean() > floor_psnr(images, photo_tiles()).mean() + 5
 
 
-def test_more_examples_than_units_are_refused_with_a_remedy():
+def test_more_examples_than_units_are_refused_with_a_remedy(tmp_path):
+    nine = {"attack": "cocktail-party", "federation.local": "fedsgd(batch_size=9, lr=0.1)"}
+    with pytest.raises(ScenarioError, match=r"mlp\(hidden=\[9\]\)"):
+        check(Parts(scenario(tmp_path, nine)))
+    check(Parts(scenario(tmp_path, {**nine, "model.name": "mlp(hidden=[9])"})))
+    with pytest.raises(ScenarioError, match=r"mlp\(hidden=\[36\]\)"):
+        check(Parts(scenario(tmp_path, {**nine, "channel": "trusted-sum"})))
+
+
+def test_an_update_of_more_examples_than_units_is_left_out():
     client, _, view, _ = mixed(9, net="mlp(hidden=[8])")
-    with pytest.raises(ValueError, match=r"mlp\(hidden=\[9\]\)"):
-        CocktailParty().reconstruct([view], client.knowledge("B", 9))
+    found = CocktailParty().reconstruct([view], client.knowledge("B", 9))
+    assert len(found.examples) == 0
+    assert "cannot tell 9 examples apart" in found.receipts[0]
 
 
 def test_a_model_without_such_a_layer_is_refused_before_anybody_trains():

@@ -175,6 +175,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"attack": "secagg-unmasking(lists='split')", "channel": "secagg(threshold=1.0)"},
         "none is left to tell",
     ),
+    "nothing to split in the cohort": (
+        {
+            "attack": "secagg-unmasking(lists='split')",
+            "federation.clients": 8,
+            "federation.fraction": 0.25,
+        },
+        "all 2 shares of a seed",
+    ),
     "oracle": ({"attack": "secagg-unmasking(then='inverting-gradients(labels=\"oracle\")')"},
                "needs the oracle"),
 }  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 
 from fedsim import registry
 from fedsim.data import DataSet, load_dataset
-from fedsim.errors import RunFailed, ScenarioError
+from fedsim.errors import ScenarioError
 from fedsim.threat import least_model
 from strategies.attacks.analytic.sparsification.fishing import Fishing
 from strategies.attacks.analytic.sparsification.fishing_heads import (
@@ -281,7 +281,7 @@ def test_what_cannot_work_is_refused_before_anybody_trains(
 
 def test_statistics_of_the_batch_are_refused(tmp_path: Path) -> None:
     changes = {"model.name": "resnet20(width=8)", "model.batchnorm": "private"}
-    with pytest.raises(RunFailed, match="GroupNorm"):
+    with pytest.raises(ScenarioError, match="GroupNorm"):
         federated(tmp_path, {**changes, "attack": "fishing"})
 
 

@@ -25,7 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedsim.attack import Attack, Cost, Paper, Reconstruction, ToyCase
+from fedsim.attack import Attack, Cost, Paper, Reconstruction, Setting, ToyCase
 from fedsim.data import DataSpec
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
@@ -118,6 +118,18 @@ class CocktailParty(Attack):
         """Refuse a model without a biased fully connected layer."""
         first_layer(model)
 
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse sums that are all of more examples than the layer can tell apart."""
+        name, _ = first_layer(setting.model)
+        most = most_sources(setting.model.get_parameter(f"{name}.weight"))
+        mixed = sum(setting.uploads[: setting.cohort if setting.channel.aggregates else 1])
+        if mixed > most:
+            raise ValueError(
+                f"an update mixes {mixed} examples and more, and {name!r} can tell {most} apart; "
+                f"let it have at least {mixed} units (mlp(hidden=[{mixed}])), or fewer examples "
+                "come together"
+            )
+
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Return at most as many candidates for each view as there are examples behind it."""
         shape = knowledge.basics.data.shape
@@ -127,7 +139,12 @@ class CocktailParty(Attack):
         for index, view in enumerate(views):
             model = knowledge.model(view)
             name, reading = first_layer(model)
-            _enough_units(view, name, knowledge)
+            count, most = knowledge.num_examples(view), most_sources(view.sent[f"{name}.weight"])
+            if count > most:
+                receipts.append(
+                    f"{view.label}: left out, {name} cannot tell {count} examples apart"
+                )
+                continue
             steps = self.iterations + (0 if reading else self.inversion_iterations)
             watch = _Watch(knowledge, index * steps, len(views) * steps)
             inputs, gap = self._inputs(view, name, reading, watch)
@@ -137,7 +154,7 @@ class CocktailParty(Attack):
                 images, score = self._inverted(model, name, inputs, watch)
                 passes += self.inversion_iterations * len(inputs)
             receipts.append(
-                f"{view.label}: {len(inputs)} of {knowledge.num_examples(view)} sources stand out, "
+                f"{view.label}: {len(inputs)} of {count} sources stand out, "
                 f"the quietest {gap:.2g} times the noise"
             )
             order = score.argsort(descending=True, stable=True)
@@ -255,16 +272,10 @@ def first_layer(model: nn.Module) -> tuple[str, ReadingLayer | None]:
     return seen[0], None
 
 
-def _enough_units(view: ServerView, layer: str, knowledge: Knowledge) -> None:
-    """Refuse more examples than the layer has units, or inputs: they cannot be told apart."""
-    units, inputs = view.sent[f"{layer}.weight"].shape
-    examples = knowledge.num_examples(view)
-    if examples > min(units, inputs - 1):
-        raise ValueError(
-            f"{view.label} mixes {examples} examples in {layer}, which has {units} units on "
-            f"{inputs} inputs; let the model have at least {examples} units there "
-            f"(mlp(hidden=[{examples}])), or fewer examples in a sum"
-        )
+def most_sources(weight: Tensor) -> int:
+    """Return how many examples a layer (``[units, inputs]``) can tell apart."""
+    units, inputs = weight.shape
+    return min(units, inputs - 1)
 
 
 def _pixels(

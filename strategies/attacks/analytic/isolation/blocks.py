@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
 
 from fedsim.data import DataSpec
-from fedsim.errors import NotGranted
 from fedsim.threat import Knowledge
 from fedsim.view import ServerView
 from strategies.attacks.analytic.isolation.bins import (
@@ -178,14 +177,6 @@ def brightened(rows: Tensor, cutoffs: Tensor, bins: Tensor) -> Tensor:
     middle = ((edges[:-1] + edges[1:]) / 2).clamp(0, 1)[bins]
     shape = rows.abs()
     return shape * (middle / shape.mean(dim=1)).unsqueeze(1)
-
-
-def most(view: ServerView, knowledge: Knowledge) -> int | None:
-    """Return how many images there can be, where the protocol reveals it."""
-    try:
-        return knowledge.num_examples(view)
-    except NotGranted:
-        return None
 
 
 def told(view: ServerView, clients: Tensor, bins: int) -> str:

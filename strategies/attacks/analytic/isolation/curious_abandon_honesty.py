@@ -30,7 +30,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedsim.attack import Manipulation, ModelToSend, Paper, Reconstruction, ToyCase
+from fedsim.attack import Manipulation, ModelToSend, Paper, Reconstruction, Setting, ToyCase
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
@@ -140,6 +140,15 @@ class CuriousAbandonHonesty(Manipulation):
         """Refuse a model whose pixels do not reach a fully connected ReLU layer as they are."""
         refuse_unfit(model, kind)
 
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse what rounding leaves nothing of: weights in a masked sum, at the gain of 1."""
+        if setting.training.kind == "weights" and setting.channel.masks and self.gain is None:
+            raise ValueError(
+                "what local training moves in the rows drowns in the rounding of secure "
+                "aggregation; let clients upload gradients (fedsgd), or give a gain=, or use the "
+                "channel 'trusted-sum', which does not round"
+            )
+
     def craft(
         self, expression: str, arrays: dict[str, Tensor], knowledge: Knowledge
     ) -> ModelToSend:
@@ -169,7 +178,8 @@ class CuriousAbandonHonesty(Manipulation):
             return self.gain
         if knowledge.training.kind == "weights":
             return 1.0
-        return CEILING / opened.signal_gradient(*own_images(knowledge, PROBE))
+        surrogate = Capability.SURROGATE in self.needs
+        return CEILING / opened.signal_gradient(*own_images(knowledge, PROBE, surrogate=surrogate))
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Return what rows hold alone: at most as many images as each update is of."""

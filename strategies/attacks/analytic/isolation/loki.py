@@ -208,7 +208,7 @@ class Loki(Manipulation):
         found, scores, sources, receipts = [], [], [], []
         for index, view in enumerate(views):
             images, strength, clients, bins = self.read(view, spec)
-            best = strength.argsort(descending=True, stable=True)[: blocks.most(view, knowledge)]
+            best = strength.argsort(descending=True, stable=True)[: knowledge.most_examples(view)]
             found.append(images[best].view(-1, *spec.shape).clamp(0, 1))
             scores.append(strength[best].float())
             sources.append(torch.full((len(best),), index))

@@ -137,6 +137,10 @@ class MKOR(Manipulation):
         images, labels, scores, sources, receipts = [], [], [], [], []
         for index, view in enumerate(views):
             features, classes, strength = read_classes(view, knowledge.basics.data)
+            # Noise moves every row; a batch cannot be of more classes than it has images.
+            strongest = strength.argsort(descending=True)[: knowledge.most_examples(view)]
+            features = [features[at] for at in strongest.tolist()]
+            classes, strength = classes[strongest], strength[strongest]
             images += features
             labels.append(classes)
             # The weaker a row, the fewer images it is the mean of.

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from fedsim import registry
 from fedsim.attack import Cost, Manipulation, ModelToSend, Paper, Reconstruction, ToyCase
 from fedsim.data import DataSpec
-from fedsim.errors import NotGranted
 from fedsim.models import build_model, load_arrays, travelling
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
@@ -236,7 +235,7 @@ class RobbingTheFed(Manipulation):
         found, scores, sources, receipts = [], [], [], []
         for index, view in enumerate(views):
             images, strength, bins = read_imprint(view)
-            best = strength.argsort(descending=True, stable=True)[: _most(view, knowledge)]
+            best = strength.argsort(descending=True, stable=True)[: knowledge.most_examples(view)]
             found.append(images[best].view(-1, *shape).clamp(0, 1).float())
             scores.append(strength[best].float())
             sources.append(torch.full((len(best),), index))
@@ -323,11 +322,3 @@ def read_imprint(view: ServerView) -> tuple[Tensor, Tensor, int]:
     images = rows / moved[occupied].unsqueeze(1)
     whole = images.isfinite().all(dim=1)
     return images[whole], moved[occupied][whole].abs(), len(moved)
-
-
-def _most(view: ServerView, knowledge: Knowledge) -> int | None:
-    """Return how many images there can be, where the protocol reveals it."""
-    try:
-        return knowledge.num_examples(view)
-    except NotGranted:
-        return None

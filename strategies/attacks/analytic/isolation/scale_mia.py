@@ -37,7 +37,6 @@ from torch.nn.functional import cross_entropy, relu
 
 from fedsim.attack import Cost, Manipulation, ModelToSend, Paper, Reconstruction, ToyCase
 from fedsim.data import Split
-from fedsim.errors import NotGranted
 from fedsim.models import build_model, load_arrays, travelling
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
@@ -187,7 +186,7 @@ class ScaleMIA(Manipulation):
             if sent not in decoders:
                 decoders[sent] = fitted_decoder(parts.encoder, knowledge, self.epochs)
             codes, strength = read_codes(view, parts)
-            best = strength.argsort(descending=True, stable=True)[: _most(view, knowledge)]
+            best = strength.argsort(descending=True, stable=True)[: knowledge.most_examples(view)]
             maps = auto_encoder.maps_of(parts.encoder, shape)
             kept = codes[best].clamp_min(0).float().view(-1, *maps)
             found.append(auto_encoder.decoded(decoders[sent], kept, knowledge.device))
@@ -320,11 +319,3 @@ def read_codes(view: ServerView, parts: Parts) -> tuple[Tensor, Tensor]:
 def _above(rows: Tensor) -> Tensor:
     """Return each row less the one above it; above the last is nothing."""
     return rows - torch.cat([rows[1:], torch.zeros_like(rows[:1])])
-
-
-def _most(view: ServerView, knowledge: Knowledge) -> int | None:
-    """Return how many images there can be, where the protocol reveals it."""
-    try:
-        return knowledge.num_examples(view)
-    except NotGranted:
-        return None

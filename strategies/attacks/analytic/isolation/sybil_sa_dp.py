@@ -32,7 +32,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedsim.attack import Manipulation, ModelToSend, Paper, Reconstruction, ToyCase
+from fedsim.attack import Manipulation, ModelToSend, Paper, Reconstruction, Setting, ToyCase
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
@@ -126,18 +126,17 @@ class SybilSaDp(Manipulation):
                 "upload gradients (fedsgd)"
             )
 
-    def select(self, clients: Sequence[int], server_round: int) -> Sequence[int]:
-        """Return the target and all sybils.
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse a target that is none of the clients."""
+        if self.target is not None and self.target >= setting.clients:
+            raise ValueError(
+                f"target={self.target} is none of the {setting.clients} clients, 0 and up"
+            )
 
-        Raises
-        ------
-        ValueError
-            If the target is not there.
-        """
+    def select(self, clients: Sequence[int], server_round: int) -> Sequence[int]:
+        """Return the target and all sybils."""
         honest, own = clients[: -self.sybils], clients[-self.sybils :]
         target = honest[(server_round - 1) % len(honest)] if self.target is None else self.target
-        if target not in honest:
-            raise ValueError(f"target={target} is not among the clients {list(honest)}")
         return [target, *own]
 
     def craft(
@@ -157,7 +156,7 @@ class SybilSaDp(Manipulation):
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Return what rows that agree hold, put together by least squares."""
-        return read_views(views, knowledge)
+        return read_views(views, knowledge, sybils=self.sybils)
 
 
 def gain_for(share: float, layer: float, after: float, rest: float) -> float:

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedsim.attack import Cost, Reconstruction
-from fedsim.errors import NotGranted
 from fedsim.models import build_model, load_arrays, travelling
-from fedsim.threat import Capability, Knowledge
+from fedsim.threat import Knowledge
 from fedsim.view import ServerView
 from strategies.attacks.analytic.isolation.agreement import isolated, noise_of
 from strategies.attacks.analytic.isolation.passage import (
@@ -140,33 +139,38 @@ def refuse_unfit(model: nn.Module, kind: str) -> None:
         )
 
 
-def own_images(knowledge: Knowledge, most: int) -> tuple[Tensor, Tensor]:
+def own_images(knowledge: Knowledge, most: int, *, surrogate: bool = True) -> tuple[Tensor, Tensor]:
     """Return at most ``most`` surrogate images ``[S, C, H, W]`` in ``[0, 1]``, and labels.
 
-    Without surrogate data: noise of the public mean and standard deviation.
+    Without ``surrogate`` data: noise of the public mean and standard deviation.
     """
     spec, generator = knowledge.basics.data, knowledge.generator("traps", "own images")
-    if Capability.SURROGATE in knowledge.granted:
-        surrogate = knowledge.surrogate
-        return surrogate.batch(torch.randperm(len(surrogate), generator=generator)[:most])
+    if surrogate:
+        data = knowledge.surrogate
+        return data.batch(torch.randperm(len(data), generator=generator)[:most])
     mean, std = (torch.tensor(facts).view(-1, 1, 1) for facts in (spec.mean, spec.std))
     noise = mean + std * torch.randn(most, *spec.shape, generator=generator)
     return noise.clamp(0, 1), torch.randint(spec.num_classes, (most,), generator=generator)
 
 
-def read_views(views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
+def read_views(
+    views: Sequence[ServerView], knowledge: Knowledge, *, sybils: int = 0
+) -> Reconstruction:
     """Read every image that some row of the trapped layer holds alone, from each view.
 
-    The images with most rows that agree come first, as many as the update can be of.  The score is
-    the number of those rows, the share of pixels that lie on one of the 256 levels of a picture
-    (what one row alone holds of one image is exact, and a mixture lies anywhere), and the contrast,
-    which is below one half (a mixture is flat).
+    ``sybils`` of a view's examples are the attacker's own, one for each of its devices.  The images
+    with most rows that agree come first, as many as the update can be of.  The score is the number
+    of those rows, the share of pixels that lie on one of the 256 levels of a picture (what one row
+    alone holds of one image is exact, and a mixture lies anywhere), and the contrast, which is
+    below one half (a mixture is flat).
     """
     started = time.perf_counter()
     shape = knowledge.basics.data.shape
     examples, scores, sources, receipts = [torch.empty(0, *shape)], [torch.empty(0)], [], []
     for index, view in enumerate(views):
-        images, score, receipt = _read(view, knowledge)
+        most = knowledge.most_examples(view)
+        most = None if most is None else most - sybils
+        images, score, receipt = _read(view, knowledge, most)
         examples.append(images.clamp(0, 1).float().view(-1, *shape))
         scores.append(score.float())
         sources += [index] * len(score)
@@ -181,10 +185,10 @@ def read_views(views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruct
     )
 
 
-def _read(view: ServerView, knowledge: Knowledge) -> tuple[Tensor, Tensor, str]:
-    """Return unclamped images ``[K, D]``, scores ``[K]`` and a receipt."""
-    weight, bias, pixels = layer_gradient(view, knowledge)
-    found = isolated(weight, bias, _noise(view, weight, bias))
+def _read(view: ServerView, knowledge: Knowledge, most: int | None) -> tuple[Tensor, Tensor, str]:
+    """Return at most so many unclamped images ``[K, D]``, scores ``[K]`` and a receipt."""
+    layer, weight, bias, pixels = layer_gradient(view, knowledge)
+    found = isolated(weight, bias, _noise(view, layer, weight, bias))
     images = pixels.pixels(found.inputs)
     error = found.error / pixels.scale.abs().min()
     outside = (images - images.clamp(0, 1)).square().mean(dim=1).sqrt()
@@ -193,38 +197,32 @@ def _read(view: ServerView, knowledge: Knowledge) -> tuple[Tensor, Tensor, str]:
     off_level = (255 * images - (255 * images).round()).abs()
     score = rows + (off_level < ON_LEVEL).double().mean(dim=1)
     score = score + images.clamp(0, 1).std(dim=1, correction=0)
-    best = score.argsort(descending=True, stable=True)[: _most(view, knowledge)]
+    best = score.argsort(descending=True, stable=True)[:most]
     receipt = (
-        f"read {len(best)} images in view {view.label}: {int((bias != 0).sum())} of {len(bias)} "
-        f"rows heard something, {int((rows[best] > 1).sum())} images are held by rows that agree"
+        f"returned {len(best)} candidates of view {view.label}: {int((bias != 0).sum())} of "
+        f"{len(bias)} rows heard something, {int((rows[best] > 1).sum())} are held by rows that "
+        "agree"
     )
     return images[best], score[best], receipt
 
 
-def layer_gradient(view: ServerView, knowledge: Knowledge) -> tuple[Tensor, Tensor, PixelMap]:
-    """Return the layer's gradients at the pixels (``[n, D]``, ``[n]``, float64) and their map."""
+def layer_gradient(view: ServerView, knowledge: Knowledge) -> tuple[str, Tensor, Tensor, PixelMap]:
+    """Return the layer's name, its gradients at the pixels (``[n, D]``, ``[n]``, float64), and
+    their map.
+    """
     model = knowledge.model(view)
     layer = find_passage(model).layer
     pixels = pixel_map(model, layer)
     update = view.update()
     weight, bias = update[layer + ".weight"], update[layer + ".bias"]
-    return weight[:, pixels.positions].double(), bias.double(), pixels
+    return layer, weight[:, pixels.positions].double(), bias.double(), pixels
 
 
-def _noise(view: ServerView, weight: Tensor, bias: Tensor) -> float:
+def _noise(view: ServerView, layer: str, weight: Tensor, bias: Tensor) -> float:
     """Return the noise in an entry; uploaded weights are also rounded to their own digits."""
     sigma = noise_of(weight, bias, len(view.senders))
     if view.kind == "gradient":
         return sigma
-    carriers = [t for t in view.sent.values() if t.dim() == 2]
-    carrier = next(t for t in carriers if len(t) == len(bias))
+    carrier = view.sent[f"{layer}.weight"]
     rounding = torch.finfo(carrier.dtype).eps * sqrt(float(carrier.double().square().mean()))
     return max(sigma, rounding)
-
-
-def _most(view: ServerView, knowledge: Knowledge) -> int | None:
-    """Return how many images there can be, where the protocol reveals it."""
-    try:
-        return knowledge.num_examples(view)
-    except NotGranted:
-        return None

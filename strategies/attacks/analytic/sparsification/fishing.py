@@ -45,10 +45,11 @@ from fedsim.attack import (
     ModelToSend,
     Paper,
     Reconstruction,
+    Setting,
     ToyCase,
 )
-from fedsim.errors import RunFailed
-from fedsim.models import build_model, is_buffer
+from fedsim.errors import ScenarioError
+from fedsim.models import build_model, is_buffer, travelling
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
@@ -196,22 +197,22 @@ class Fishing(Manipulation):
                 )
         self.inner.check(model, kind)
 
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse BatchNorm's statistics of the batch: silenced images would be heard in them."""
+        if setting.batchnorm != "frozen" and any(map(is_buffer, travelling(setting.model))):
+            raise ScenarioError(
+                "model.batchnorm",
+                setting.batchnorm,
+                "BatchNorm in train mode lets silenced images influence the others; use 'frozen', "
+                "or a model with GroupNorm",
+            )
+        self.inner.check_setting(setting)
+
     # -- what is sent ----------------------------------------------------------------------------
     def craft(
         self, expression: str, arrays: dict[str, Tensor], knowledge: Knowledge
     ) -> ModelToSend:
-        """Put a head on the first round's backbone, and work out each client's own.
-
-        Raises
-        ------
-        RunFailed
-            If clients take BatchNorm's statistics of the batch: silenced images would be heard.
-        """
-        if knowledge.batchnorm != "frozen" and any(map(is_buffer, arrays)):
-            raise RunFailed(
-                "fishing: BatchNorm in train mode lets silenced images influence the others; "
-                "use model.batchnorm = 'frozen', or a model with GroupNorm"
-            )
+        """Put a head on the first round's backbone, and work out each client's own."""
         history = knowledge.history
         name, _ = classifier(build_model(expression, knowledge.basics.data))
         first = history[0].sent if history else arrays

@@ -24,6 +24,7 @@ its column is the target's own ``dL/db_L``, which the sum would not tell.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import floor, log2
 from typing import Annotated, ClassVar
 
 import torch
@@ -39,6 +40,7 @@ from fedsim.attack import (
     ModelToSend,
     Paper,
     Reconstruction,
+    Setting,
     ToyCase,
 )
 from fedsim.errors import RunFailed
@@ -48,6 +50,7 @@ from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
 from strategies.attacks.analytic.sparsification import probing
 from strategies.attacks.labels.rule import classifier
+from strategies.channels.secagg import SecAgg
 
 Client = Annotated[int, Field(ge=0)]
 # The unit that the mark takes.
@@ -76,8 +79,9 @@ class ModelInconsistency(Manipulation):
     mark : bool
         Spend one unit on the target's last bias gradient; for attacks that read labels off it.
 
-    How many of a sum's examples are the target's is known from the batch size (FedSGD), or read
-    off the dead biases (FedAvg: they come back as ``n_t / N`` of a live one).
+    How many of a sum's examples are the target's is taken from the batch size (FedSGD; a client
+    that holds fewer looks as if its gradient were smaller), or read off the dead biases (FedAvg:
+    they come back as ``n_t / N`` of a live one).
 
     Fails where the last hidden layer is not followed by a ReLU, with weight decay, and where
     clients compare the models that they got, or bind them to their masks.  Behind SecAgg+ the
@@ -180,6 +184,29 @@ class ModelInconsistency(Manipulation):
             layer.register_parameter("bias", None)  # to the inner attack it does not exist
         self.inner.check(model, kind)
 
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse absent targets, weight decay, and dead biases that SecAgg+ would clip."""
+        if absent := sorted(target for target in self.targets if target >= setting.clients):
+            raise ValueError(
+                f"target {absent[0]} is none of the {setting.clients} clients, 0 and up"
+            )
+        if setting.training.weight_decay:
+            raise ValueError(
+                "weight decay moves weights that have no gradient; use "
+                "federation.local = 'fedavg(weight_decay=0.0, ...)'"
+            )
+        channel = setting.channel
+        if isinstance(channel, SecAgg) and setting.training.kind == "weights":
+            most = setting.uploads[-1]
+            widest = channel.clipping_range * channel.max_weight / most
+            if self.depth >= widest:
+                raise ValueError(
+                    f"secagg clips weights above {widest:.3g} of a client with {most} "
+                    f"examples, and the dead biases are {self.depth:g} deep; let depth be "
+                    f"{2.0 ** floor(log2(widest / 2)):g}, or max_weight in the channel larger"
+                )
+        self.inner.check_setting(replace(setting, cohort=1))
+
     def target(self, server_round: int) -> int:
         """Return whose update a round is to give."""
         return self.targets[(server_round - 1) % len(self.targets)]
@@ -195,11 +222,6 @@ class ModelInconsistency(Manipulation):
         RunFailed
             If the others' weights would move all the same.
         """
-        if knowledge.training.weight_decay:
-            raise RunFailed(
-                "model-inconsistency: weight decay moves weights that have no gradient; use "
-                "federation.local = 'fedavg(weight_decay=0.0, ...)'"
-            )
         made = ModelToSend(expression, arrays)
         if _sends(inner := self.inner):
             made = inner.craft(expression, arrays, knowledge)
@@ -268,8 +290,10 @@ class ModelInconsistency(Manipulation):
             places.append(index)
             counts[own.label] = examples
             receipts.append(
-                f"took client {target}'s update out of {view.label}: {examples} of "
+                f"took client {target}'s update out of {view.label}: of {examples} of its "
                 f"{knowledge.num_examples(view)} examples"
+                + " at most"
+                * (view.kind == "gradient" and len(view.senders) > 1)
             )
         if not made:
             raise ValueError(f"none of the targets {list(self.targets)} sent anything")
