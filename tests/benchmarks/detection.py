@@ -1,17 +1,22 @@
-"""How well clients' checks tell a manipulated model from an honest one; writes docs/detection.md.
+"""How well clients' checks tell a manipulated model from an honest one; fills docs/detection.md.
 
-    python tests/benchmarks/detection.py [--out runs/detection] [--attacks NAME ...]
+    python tests/benchmarks/detection.py [--out runs/detection] [--attacks NAME ...] [--resume]
 
-Every registered manipulation runs its own toy case, under a few seeds, through a federation whose
-clients use every registered detector and refuse nothing.  Limits come from honest federations of
-other models and other seeds, on two data sets, from the first round on an untrained model to the
-last on a trained one; of the scenario they share only the batch size, which a client knows (the
-largest of a few that is not above it, or the smallest).  A limit is the least one that at most 1 %
-(5 %) of those honest client rounds exceed, among those on which the check has a figure.  The toy
-case without its attack (the *honest twin*) then shows what false alarms that limit really gives.
+*Attacked rounds.*  The toy case of every registered manipulation, and the variants below, run under
+a few seeds through federations whose clients use every registered detector and refuse nothing.  The
+reconstruction is left out: a check is done before it.
 
-Scores of honest federations are kept in ``--out``, one file each; delete it when a detector or a
-model changes.
+*Limits.*  Honest federations of several models train on two data sets, from an untrained model to a
+trained one.  The limit of a check is the least one that at most 1 % (5 %) of their client rounds
+exceed, of those on which the check has a figure.  Only rounds of *another* model, *another* seed
+and *another* stage of training (number of the round) than what is judged take part; of the scenario
+they share the batch size, which a client knows.  Fewer than 100 (20) of them give no limit.
+
+*False alarms.*  Every honest round is judged by such limits of the others, and so is every attacked
+federation without its attack (its *honest twin*).
+
+Scores are kept in ``--out``, one file a federation; delete it when a detector or a model changes.
+Attacked federations run anew all the same, unless ``--resume`` goes on with a run cut short.
 """
 
 import argparse
@@ -42,11 +47,10 @@ from fedsim.run_folder import RunFolder, plainly
 from fedsim.scenario import Scenario
 
 Flat = dict[str, str | int | float | bool]
-Scores = dict[str, float]
 
 ALARMS = (0.01, 0.05)
-ATTACKED_SEEDS = (7, 8, 9)
-HONEST_SEEDS = (101, 102)
+ATTACKED_SEEDS = (7, 8, 9, 10, 11)
+HONEST_SEEDS = (101, 102, 103)
 DATASETS = ("digits", "photo-tiles")
 MODELS = (
     "mlp(hidden=[64])",
@@ -54,15 +58,62 @@ MODELS = (
     "lenet",
     "lenet(activation='relu', init='default')",
     "convnet(width=16)",
+    "convnet(width=8, stride=2, hidden=[64])",
     "cnn(hidden=[64, 32])",
-    "resnet20(width=8, norm='group')",
-    "resnet20(width=8)",
+    "convnet(width=8, norm='batch')",
 )
-BATCHES = (4, 8, 16, 32, 64)
-EXAMPLES, CLIENTS, ROUNDS, STEPS = 256, 2, 6, 48
+BATCHES = (1, 4, 8, 16, 32, 64)
+CLIENTS, ROUNDS, STEPS = 2, 6, 40
+#: A client's examples: what the steps of two epochs need, and no more than there are.
+MOST_EXAMPLES = 512
+#: What attacked rounds are trained like, and therefore no limit is set on.
+UNTRAINED = 1
 #: A check that sees this share of the client rounds sees the attack; some send one client an
 #: honest model.
 SEEN = 0.5
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+#: What toy cases leave out: how it differs from an attack's toy case.
+VARIANTS: dict[str, tuple[str, Flat]] = {
+    "fishing, by feature": (
+        "fishing",
+        {
+            "attack": "fishing(then='linear-inversion', by='feature')",
+            "data.partition": "pathological(num_classes_per_partition=1)",
+            "federation.rounds": 6,
+        },
+    ),
+    "model-inconsistency, payload": (
+        "model-inconsistency",
+        {
+            "threat-model": "G",
+            "attack": "model-inconsistency(then='robbing-the-fed(units=64)')",
+            "channel": "secagg",
+            "data.dataset": "photo-tiles",
+            "model.name": "convnet(width=8)",
+            "federation.rounds": 1,
+            "federation.local": "fedsgd(batch_size=8, lr=0.1)",
+        },
+    ),
+    "robbing-the-fed, convnet": (
+        "robbing-the-fed",
+        {"attack": "robbing-the-fed(units=64)", "model.name": "convnet(width=8)"},
+    ),
+    "curious-abandon-honesty, convolutions": (
+        "curious-abandon-honesty",
+        {"model.name": "convnet(width=32, hidden=[128])"},
+    ),
+    "mkor, convolutions": ("mkor", {"model.name": "lenet5(maps=[12, 48])"}),
+}
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one client measured in one round of a federation."""
+
+    model: str
+    seed: int
+    stage: int
+    scores: dict[str, float]
 
 
 def detectors() -> list[str]:
@@ -77,25 +128,28 @@ def detectors() -> list[str]:
 
 
 def manipulations() -> dict[str, Flat]:
-    """Return the toy case of every registered attack that changes what clients receive."""
-    return {
+    """Return the cases: the toys of all attacks that change what clients receive, and variants."""
+    toys = {
         name: dict(kind.toy.scenario)
         for name, kind in components("attack").items()
         if isinstance(kind, type) and issubclass(kind, Manipulation)
     }
+    varied = {name: {**toys[of], **changes} for name, (of, changes) in VARIANTS.items()}
+    return dict(sorted({**toys, **varied}.items()))
 
 
 # -- federations ---------------------------------------------------------------------------------
 
 
 def honest(model: str, dataset: str, seed: int, batch_size: int) -> Flat:
-    """Return a federation that trains a model, from its first round to a trained one."""
-    epochs = max(1, STEPS * batch_size // EXAMPLES)
+    """Return a federation that trains a model, ``STEPS`` steps a round and client."""
+    examples = min(STEPS * batch_size // 2, MOST_EXAMPLES)
+    epochs = STEPS * batch_size // examples
     return {
         "attack": "none",
         "seed": seed,
         "data.dataset": dataset,
-        "data.partition": f"size(partition_sizes={[EXAMPLES] * CLIENTS})",
+        "data.partition": f"size(partition_sizes={[examples] * CLIENTS})",
         "model.name": model,
         "federation.clients": CLIENTS,
         "federation.rounds": ROUNDS,
@@ -104,7 +158,7 @@ def honest(model: str, dataset: str, seed: int, batch_size: int) -> Flat:
 
 
 def watched(case: Flat, seed: int) -> Flat:
-    """Return a toy case whose clients look at what they receive."""
+    """Return a case whose clients look at what they receive."""
     own = str(case.get("defenses", "none"))
     chain = [*detectors(), *([] if own == "none" else [own])]
     return {**case, "seed": seed, "defenses": " | ".join(chain), "audit.baseline": False}
@@ -115,20 +169,21 @@ def twin(case: Flat) -> Flat:
     return {**case, "attack": "none", "oracles": "none"}
 
 
-def measured(case: Flat, cache: Path) -> list[Scores]:
-    """Return what every client measured in every round; honest federations run only once."""
+def measured(case: Flat, cache: Path, *, anew: bool = False) -> list[Round]:
+    """Return what every client measured in every round; a federation that is kept runs no more."""
     text = json.dumps({"federation.threads": 1, "federation.device": "cpu", **case}, sort_keys=True)
     kept = cache / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
-    if case["attack"] != "none" or not kept.exists():
-        print(f"  {case['attack']}, {case.get('model.name')}, seed {case['seed']}", flush=True)
+    if anew or not kept.exists():
+        print(f"  {case['attack']}, {case['model.name']}, seed {case['seed']}", flush=True)
         found = run(json.loads(text))
-        kept.write_text(json.dumps({"scenario": json.loads(text), "scores": found}))
-    scores: list[Scores] = json.loads(kept.read_text())["scores"]
-    return scores
+        kept.write_text(json.dumps({"scenario": json.loads(text), "rounds": found}))
+    model, seed = str(case["model.name"]), int(case["seed"])
+    rounds = json.loads(kept.read_text())["rounds"]
+    return [Round(model, seed, stage, scores) for stage, scores in rounds]
 
 
-def run(case: Flat) -> list[Scores]:
-    """Run a federation, without the reconstruction, and open its vault."""
+def run(case: Flat) -> list[tuple[int, dict[str, float]]]:
+    """Run a federation, without the reconstruction, and open its vault: rounds and scores."""
     with tempfile.TemporaryDirectory() as out:
         scenario = Scenario.from_flat({**case, "output.dir": out})
         parts = Parts(scenario)
@@ -140,171 +195,248 @@ def run(case: Flat) -> list[Scores]:
         grid = InlineGrid(app, context, scenario.federation.timeout)
         with contextlib.closing(grid), plainly(folder):
             federate(parts, grid, context, folder)
-        return [dict(record.checks) for record in Vault(folder.path / "vault")]
+        return [(record.round, dict(record.checks)) for record in Vault(folder.path / "vault")]
+
+
+def benign_rounds(batch_size: int, cache: Path) -> Iterator[Round]:
+    """Yield honest client rounds of all models, data sets and seeds at a batch size."""
+    for model in MODELS:
+        for dataset in DATASETS:
+            for seed in HONEST_SEEDS:
+                case = honest(model, dataset, seed, batch_size)
+                yield from measured(watched(case, seed), cache)
 
 
 # -- limits and rates ----------------------------------------------------------------------------
 
 
 def limit(scores: Iterable[float], alarms: float) -> float | None:
-    """Return the least score that at most a share ``alarms`` of these exceed; None for none."""
+    """Return the least score that at most a share ``alarms`` of these exceed.
+
+    None for fewer than ``1 / alarms`` scores, which cannot tell.
+    """
     ordered = sorted(scores, reverse=True)
-    return ordered[math.floor(alarms * len(ordered))] if ordered else None
+    # 100 * 0.01 is 1, but 300 * 0.01 need not be 3.
+    above = math.floor(alarms * len(ordered) + 1e-9)
+    return ordered[above] if above else None
 
 
-def rate(scores: Sequence[Scores], name: str, above: float | None) -> float | None:
+def limit_of(
+    benign: Iterable[Round], name: str, alarms: float, judged: tuple[str, int, int]
+) -> float | None:
+    """Return a check's limit of rounds that share no model, seed or stage with those judged."""
+    model, seed, stage = judged
+    return limit(
+        (
+            one.scores[name]
+            for one in benign
+            if name in one.scores and one.model != model and one.seed != seed and one.stage != stage
+        ),
+        alarms,
+    )
+
+
+def rate(rounds: Sequence[Round], name: str, above: float | None) -> float | None:
     """Return the share of client rounds above a limit; None where the check never has a figure."""
-    decided = [one[name] for one in scores if name in one]
+    decided = [one.scores[name] for one in rounds if name in one.scores]
     if not decided or above is None:
         return None
-    return sum(score > above for score in decided) / len(scores)
+    return sum(score > above for score in decided) / len(rounds)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One attack's toy case: scores under attack and without, and limits by check and share."""
+    """One attack's case: client rounds under attack and without, and limits by check and share."""
 
-    attacked: list[Scores]
-    honest: list[Scores]
+    batch_size: int
+    attacked: list[Round]
+    honest: list[Round]
     limits: dict[float, dict[str, float | None]]
 
-    def rates(self, name: str, scores: Sequence[Scores]) -> list[float | None]:
-        return [rate(scores, name, self.limits[alarms].get(name)) for alarms in ALARMS]
+    def rates(self, name: str, rounds: Sequence[Round]) -> list[float | None]:
+        """Return the shares above the check's limits, by ``ALARMS``."""
+        return [rate(rounds, name, self.limits[alarms].get(name)) for alarms in ALARMS]
+
+    def any_of(self, rounds: Sequence[Round]) -> list[float | None]:
+        """Return the shares of rounds in which at least one check is above its limit."""
+        return [
+            sum(
+                any(
+                    score > above
+                    for name, score in one.scores.items()
+                    if (above := self.limits[alarms].get(name)) is not None
+                )
+                for one in rounds
+            )
+            / len(rounds)
+            for alarms in ALARMS
+        ]
 
 
-def evaluated(case: Flat, cache: Path) -> Case:
-    """Run a toy case and its twin under all seeds, and the honest rounds that set its limits."""
-    attacked = [s for seed in ATTACKED_SEEDS for s in measured(watched(case, seed), cache)]
+def evaluated(case: Flat, cache: Path, *, anew: bool) -> Case:
+    """Run a case and its twin under all seeds, and the honest rounds that set its limits."""
+    attacked = [
+        one for seed in ATTACKED_SEEDS for one in measured(watched(case, seed), cache, anew=anew)
+    ]
     alike = [s for seed in ATTACKED_SEEDS for s in measured(watched(twin(case), seed), cache)]
     wanted = Parts(Scenario.from_flat(case)).local.batch_size
-    batch_size = max((size for size in BATCHES if size <= wanted), default=BATCHES[0])
-    benign = list(benign_rounds(str(case["model.name"]), batch_size, cache))
-    names = {name for one in benign for name in one}
+    batch_size = max(size for size in BATCHES if size <= wanted)
+    benign = list(benign_rounds(batch_size, cache))
+    judged = (str(case["model.name"]), ATTACKED_SEEDS[0], UNTRAINED)
     limits = {
-        alarms: {n: limit((one[n] for one in benign if n in one), alarms) for n in names}
+        alarms: {name: limit_of(benign, name, alarms, judged) for name in names(benign)}
         for alarms in ALARMS
     }
-    return Case(attacked, alike, limits)
+    return Case(batch_size, attacked, alike, limits)
 
 
-def benign_rounds(without: str, batch_size: int, cache: Path) -> Iterator[Scores]:
-    """Yield honest client rounds of all models but one."""
-    for model in MODELS:
-        for dataset in DATASETS:
-            for seed in HONEST_SEEDS:
-                if model != without:
-                    case = honest(model, dataset, seed, batch_size)
-                    yield from measured(watched(case, seed), cache)
+def names(rounds: Iterable[Round]) -> list[str]:
+    """Return the checks that have a figure in any round."""
+    return sorted({name for one in rounds for name in one.scores})
+
+
+def held_out(benign: Sequence[Round], checks: Sequence[str], alarms: float) -> list[float | None]:
+    """Return the shares of honest rounds above limits of others, by check, and of any check's."""
+    groups: dict[tuple[str, int, int], list[Round]] = {}
+    for one in benign:
+        groups.setdefault((one.model, one.seed, one.stage), []).append(one)
+    judged: dict[str, list[bool]] = {name: [] for name in checks}
+    together = []
+    for group, rounds in groups.items():
+        limits = {name: limit_of(benign, name, alarms, group) for name in checks}
+        for one in rounds:
+            known = {
+                name: score > above
+                for name, score in one.scores.items()
+                if (above := limits.get(name)) is not None
+            }
+            together.append(any(known.values()))
+            for name, alarmed in known.items():
+                judged[name].append(alarmed)
+    return [sum(found) / len(found) if found else None for found in (*judged.values(), together)]
 
 
 # -- the page --------------------------------------------------------------------------------------
 
 
-def page(cases: dict[str, Case], failed: dict[str, str]) -> str:
-    """Return docs/detection.md."""
-    checks = sorted({n for case in cases.values() for one in case.attacked for n in one})
-    rounds = sum(len(case.attacked) for case in cases.values())
-    seen = {attack: seen_by(case, checks) for attack, case in cases.items()}
+def tables(cases: dict[str, Case], benign: dict[int, list[Round]], failed: dict[str, str]) -> str:
+    """Return the measured part of docs/detection.md."""
+    checks = names(one for case in cases.values() for one in case.attacked)
+    sizes = sorted({case.batch_size for case in cases.values()})
+    fewest = min(sum(one.stage != UNTRAINED for one in benign[size]) for size in sizes)
     parts = [
-        HEAD.format(
-            rounds=rounds,
-            seeds=len(ATTACKED_SEEDS),
-            models=", ".join(f"`{model}`" for model in MODELS),
-            datasets=" and ".join(DATASETS),
-            honest_seeds=len(HONEST_SEEDS),
-            local_rounds=ROUNDS,
-            batches=", ".join(map(str, BATCHES)),
-        ),
-        "## Which checks see which attack\n",
+        f"Attacked federations under {len(ATTACKED_SEEDS)} seeds; limits from {fewest} honest "
+        f"client rounds or more, of {len(MODELS)} models, {len(DATASETS)} data sets and "
+        f"{len(HONEST_SEEDS)} other seeds.\n",
+        "### Which checks see which attack\n",
         f"In at least {SEEN:.0%} of the client rounds at the 1 % limit, with at most 5 % false "
         "alarms on the honest twin.\n",
-        "\n".join(f"- `{attack}`: {', '.join(by) or 'none'}" for attack, by in seen.items()) + "\n",
-        "## Detection rate\n",
-        table(cases, checks, lambda case: case.attacked),
-        "## False alarms on the honest twins\n",
-        "The same federations without the attack, at the same limits. Limits of other models do "
-        "not fit every model: where this is far above the column's share, so is a part of the "
-        "detection rate.\n",
-        table(cases, checks, lambda case: case.honest),
-        "## Limits\n",
-        "The limits at 1 % over all toy cases: what to write into `refuse_above` and its like, by "
-        "batch size.\n",
-        limits_table(cases, checks),
+        "\n".join(f"- {attack}: {seen_by(case, checks)}" for attack, case in cases.items()) + "\n",
+        "### Detection rate\n",
+        "Percent of attacked client rounds above the limit at 1 % / at 5 % false alarms; one "
+        "figure where they are equal.\n",
+        table(cases, checks, under_attack=True),
+        "### False alarms on the honest twins\n",
+        "The same federations without the attack, at the same limits.\n",
+        table(cases, checks, under_attack=False),
+        "### False alarms on held-out models\n",
+        "Percent of the honest client rounds above limits that were set on other models, seeds and "
+        "stages of training, at 1 % / at 5 %.\n",
+        held_out_table(checks, benign),
+        "### Limits\n",
+        "At 1 % / at 5 %, over all models, seeds and stages but the untrained: what to write into "
+        "`refuse_above` and its like.\n",
+        limits_table(checks, benign),
     ]
     if failed:
-        told = [f"- `{attack}`: {reason}" for attack, reason in failed.items()]
-        parts += ["## Not measured\n", "\n".join(told) + "\n"]
+        told = [f"- {attack}: {reason}" for attack, reason in failed.items()]
+        parts += ["### Not measured\n", "\n".join(told) + "\n"]
     return "\n".join(parts)
 
 
-HEAD = """# Detecting a manipulated model
-
-Made by `python tests/benchmarks/detection.py`; do not edit.
-
-A client inspects the model it receives before it trains (`fedsim list defenses detection`,
-`fedsim explain structure`). Each check gives a score, higher is more suspicious, and refuses where
-a limit is given. Here every registered manipulation runs its toy case with {seeds} seeds and no
-refusals, {rounds} client rounds in all.
-
-Limits are the least ones that at most 1 % (5 %) of honest client rounds exceed: of {models}, never
-the attacked model itself, on {datasets}, with {honest_seeds} other seeds, over {local_rounds}
-rounds from an untrained to a trained model, with the attacked scenario's batch size (the largest of
-{batches} that is not above it, or the smallest). A cell is the share of client rounds above the
-limit at 1 % / at 5 %; a dash is a check that has no figure there (no convolution, no hidden linear
-layer, a batch of one, no honest round to set a limit).
-
-What the table is not: toy cases are small models in their first rounds, and none of these
-attackers knows the checks. One who does draws a functional for each row, orders nothing, and
-trains a malicious model until it looks trained; SEER (Garov et al., ICLR 2024) was built to pass
-D-SNR.
-"""
-
-
-def seen_by(case: Case, checks: Sequence[str]) -> list[str]:
+def seen_by(case: Case, checks: Sequence[str]) -> str:
     """Return the checks that see an attack at 1 % and leave its honest twin alone."""
     found = []
     for name in checks:
         under, without = case.rates(name, case.attacked)[0], case.rates(name, case.honest)[0]
         if under is not None and under >= SEEN and (without or 0) <= ALARMS[1]:
             found.append(f"`{name}`")
-    return found
+    return ", ".join(found) or "none"
 
 
-def table(cases: dict[str, Case], checks: Sequence[str], which: Any) -> str:
+def table(cases: dict[str, Case], checks: Sequence[str], *, under_attack: bool) -> str:
     """Return a table of checks by attacks."""
-    lines = [f"| check | {' | '.join(cases)} |", f"| --- |{' --- |' * len(cases)}"]
-    for name in checks:
-        cells = [" / ".join(map(percent, case.rates(name, which(case)))) for case in cases.values()]
-        cells = ["–" if cell == "– / –" else cell for cell in cells]
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    rounds = {a: case.attacked if under_attack else case.honest for a, case in cases.items()}
+    rows = [
+        [f"`{name}`", *(cell(case.rates(name, rounds[a])) for a, case in cases.items())]
+        for name in checks
+    ]
+    together = ["any of them", *(cell(case.any_of(rounds[a])) for a, case in cases.items())]
+    count = ["*client rounds*", *(str(len(some)) for some in rounds.values())]
+    return markdown(["check", *cases], [*rows, together, count])
 
 
-def limits_table(cases: dict[str, Case], checks: Sequence[str]) -> str:
-    """Return the span of each check's limits."""
-    lines = ["| check | at 1 % | at 5 % |", "| --- | --- | --- |"]
-    for name in checks:
-        spans = []
-        for alarms in ALARMS:
-            found = [
-                x for case in cases.values() if (x := case.limits[alarms].get(name)) is not None
-            ]
-            spans.append(f"{min(found):.3g} to {max(found):.3g}" if found else "–")
-        lines.append(f"| `{name}` | {' | '.join(spans)} |")
-    return "\n".join(lines) + "\n"
+def held_out_table(checks: Sequence[str], benign: dict[int, list[Round]]) -> str:
+    """Return the false alarms on models that took no part in setting a limit, by batch size."""
+    columns = {
+        size: [cell(pair) for pair in zip(*(held_out(b, checks, a) for a in ALARMS), strict=True)]
+        for size, b in benign.items()
+    }
+    called = [*(f"`{name}`" for name in checks), "any of them"]
+    rows = [[name, *cells] for name, *cells in zip(called, *columns.values(), strict=True)]
+    return markdown(["check", *(f"batches of {size}" for size in benign)], rows)
 
 
-def percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.0f}"
+def limits_table(checks: Sequence[str], benign: dict[int, list[Round]]) -> str:
+    """Return the limits by batch size."""
+    nothing = ("", 0, UNTRAINED)
+    rows = [
+        [
+            f"`{n}`",
+            *(
+                figures([limit_of(b, n, a, nothing) for a in ALARMS], "{:.3g}")
+                for b in benign.values()
+            ),
+        ]
+        for n in checks
+    ]
+    return markdown(["check", *(f"batches of {size}" for size in benign)], rows)
+
+
+def cell(shares: Sequence[float | None]) -> str:
+    """Return percentages."""
+    return figures([None if share is None else 100 * share for share in shares], "{:.0f}")
+
+
+def figures(values: Sequence[float | None], form: str) -> str:
+    """Return figures side by side, one where all read the same, and a dash for none."""
+    told = ["–" if value is None else form.format(value) for value in values]
+    return told[0] if len(set(told)) == 1 else " / ".join(told)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def fill(page: Path, text: str) -> None:
+    """Put the tables between the page's marks; the prose around them stays."""
+    before, rest = page.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    page.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
 
 
 def main() -> None:
+    """Run every case that is asked for, and fill the page."""
     arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     arguments.add_argument("--out", type=Path, default=Path("runs/detection"))
     arguments.add_argument("--page", type=Path, default=Path("docs/detection.md"))
     arguments.add_argument("--attacks", nargs="*", help="only these; all that are registered")
+    arguments.add_argument("--resume", action="store_true", help="take attacked ones from --out")
     chosen = arguments.parse_args()
-    logging.getLogger("flwr").setLevel(logging.ERROR)
+    # Flower sets its own level when it is first used.
+    logging.disable(logging.INFO)
     chosen.out.mkdir(parents=True, exist_ok=True)
     cases, failed = {}, {}
     for attack, case in manipulations().items():
@@ -312,10 +444,12 @@ def main() -> None:
             continue
         print(attack, flush=True)
         try:
-            cases[attack] = evaluated(case, chosen.out)
+            cases[attack] = evaluated(case, chosen.out, anew=not chosen.resume)
         except (RunFailed, ScenarioError) as error:
             failed[attack] = str(error)
-    chosen.page.write_text(page(cases, failed))
+    sizes = sorted({case.batch_size for case in cases.values()})
+    benign = {size: list(benign_rounds(size, chosen.out)) for size in sizes}
+    fill(chosen.page, tables(cases, benign, failed))
     print(chosen.page)
 
 

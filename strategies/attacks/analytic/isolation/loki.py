@@ -130,7 +130,11 @@ class Loki(Manipulation):
         published="76 to 86 % of the images of 100 clients in one round of FedAvg with secure "
         "aggregation (MNIST, CIFAR-100, Tiny ImageNet; abstract); 560 of 640 units, PSNR 41.05, "
         "SSIM 0.976 on CIFAR-10, 10 clients x 64, 8 steps of 8, CSF 500 (demonstration)",
-        measured="see docs/methods/loki.md",
+        measured="CIFAR-10, 10 clients x 64, 8 steps of 8, 256 bins, trusted sum: 0.873 of the "
+        "images at 30 dB, without push-out 0.775, with scale 1 none (FEDSIM_TEST_DATA=... pytest "
+        "-m slow tests/strategies/isolation/test_loki_published.py).  Faces, 8 clients x 20, four "
+        "steps, 80 bins: 116 of 160 at 20 dB, in the clear and behind SecAgg+ (fedsim run "
+        "scenarios/loki.toml, loki_secagg.toml)",
     )
     needs: ClassVar[frozenset[Capability]] = frozenset(
         {
