@@ -112,7 +112,9 @@ class Scenario(_Table):
         "none", description="What the attack may know beyond any threat model: `labels`."
     )
     defenses: str = Field("none", description="Defense expressions, joined by ` | `.")
-    channel: str = Field("plain", description="What reaches the server: `plain`, `secagg(...)`, `trusted-sum`.")
+    channel: str = Field(
+        "plain", description="What reaches the server: `plain`, `secagg(...)`, `trusted-sum`."
+    )
     seed: int = Field(7, ge=0, le=2**63 - 1, description="The public seed.")
     federation: FederationTable = FederationTable.model_construct()
     data: DataTable = DataTable.model_construct()

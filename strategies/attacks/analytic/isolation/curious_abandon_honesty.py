@@ -116,11 +116,12 @@ class CuriousAbandonHonesty(Manipulation):
             "data.dataset": "photo-tiles",
             "model.name": "mlp(hidden=[256])",
             "federation.clients": 8,
-            "federation.local": "fedsgd(batch_size=8, lr=0.1)",
+            "federation.local": "fedsgd(batch_size=32, lr=0.1)",
         },
+        # Of 256 images; seeds 0, 1 and 7 gave 112, 96 and 107, rows='gaussian' 68, 62 and 63.
         figure="leak.exact",
-        low=30.0,
-        high=60.0,
+        low=80.0,
+        high=130.0,
     )
 
     rows: Literal["trap", "quantile", "gaussian"] = "trap"
