@@ -56,9 +56,9 @@ class Carrier:
         return torch.stack(sums)
 
     def read_update(self, gradient: dict[str, Tensor]) -> Tensor:
-        """Return the same of a gradient that came back, ``[U, F + 1]``."""
+        """Return the same of a gradient that came back, ``[U, F + 1]``; a protocol's is float64."""
         weight, bias = gradient[f"{self.name}.weight"], gradient[f"{self.name}.bias"]
-        return torch.cat([weight, bias.unsqueeze(1)], dim=1)
+        return torch.cat([weight, bias.unsqueeze(1)], dim=1).to(self.layer.weight)
 
     def _keep(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._inputs = inputs

@@ -118,9 +118,11 @@ class Seer(Manipulation):
             "federation.clients": 24,
             "federation.local": "fedsgd(batch_size=8, lr=0.1)",
         },
+        # Seeds 1 to 7 gave 16.0 to 17.6 dB; an honest network with a decoder of its own 13.1 and
+        # 13.5 (seeds 7 and 1).
         figure="leak.psnr.mean",
-        low=15.0,
-        high=30.0,
+        low=14.5,
+        high=21.0,
     )
 
     property: Property = "bright"
@@ -256,8 +258,7 @@ class Seer(Manipulation):
                 )
                 fitted = view, carrier, decoder
             _, carrier, decoder = fitted
-            update = {name: part.to(knowledge.device) for name, part in view.update().items()}
-            read = carrier.read_update(update).unsqueeze(0) * _examples(view, knowledge)
+            read = carrier.read_update(view.update()).unsqueeze(0) * _examples(view, knowledge)
             with torch.no_grad():
                 signal = decoder.signal(read)
             examples.append((signal + decoder.base).clamp(0, 1).view(1, *shape).cpu().float())

@@ -125,6 +125,12 @@ def test_what_is_read_is_the_sum_of_weighted_gradients() -> None:
     assert torch.allclose(each.sum(dim=0), read, atol=1e-12)
 
 
+def test_what_a_protocol_returns_in_float64_is_read_in_the_networks_type() -> None:
+    carrier = Carrier(initial_model(DIGITS, load_dataset("digits").spec, 0))
+    back = {name: p.detach().double() for name, p in carrier.model.named_parameters()}
+    assert carrier.read_update(back).dtype == torch.float32
+
+
 def test_a_unit_that_one_image_fires_holds_that_image() -> None:
     """The row's gradient over the bias's is its features; mostly it has the property."""
     carrier, rounds = seeing(torch.full((4,), 1.2))
@@ -151,8 +157,8 @@ def test_normal_equations_are_least_squares() -> None:
     x = torch.randn(200, 5, generator=generator, dtype=torch.float64) + 3
     y = x @ torch.randn(5, 2, generator=generator, dtype=torch.float64) - 1
     fitted = NormalEquations()
-    for piece in torch.arange(200).split(33):
-        fitted.add(x[piece], y[piece])
+    for start in range(0, 200, 33):
+        fitted.add(x[start : start + 33], y[start : start + 33])
     assert torch.allclose(fitted.target + (x - fitted.mean) @ fitted.solve(1e-12), y, atol=1e-8)
 
 
@@ -254,6 +260,7 @@ def decoded(folder: Path, changes: dict[str, Any]) -> Decoded:
 
 @with_cifar
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_cifar_batches_of_16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """5 dB above the mean image and above the same decoder with a random network; D-SNR below 1."""
     data = DataSet(part("train_1"), part("test_1"), tuple("0123456789"))
