@@ -21,7 +21,8 @@ Decided here, where paper and code differ or leave it open, or a small machine n
   second order, and its decoder has thousands of weights, not hundreds of millions.
 - *Where training starts* (``start="property"``, :func:`.carrier.see`): not from an honest network,
   from which the authors take a million steps, but from one of which half the first linear layer's
-  units already fire on the property, as trap weights do (Boenisch et al. 2023).
+  units already fire on the property, as trap weights do (Boenisch et al. 2023).  At the size of
+  minutes that is what reconstructs: training does not improve it (docs/methods/seer.md).
 - *The decoder is not kept.*  For a given theta the best linear decoder is a least-squares problem,
   solved anew on surrogate rounds, on whole sums as they arrive, when there is something to decode.
   So saved views are all that a later reconstruction needs, and nothing secret travels.
@@ -97,7 +98,10 @@ class Seer(Manipulation):
         year=2024,
         published="batches of up to 512 and secure aggregation (abstract); D-SNR of a SEER network "
         "0.65 (authors' plot script)",
-        measured="",
+        measured="CIFAR-10, batches of 16, small convnet: the brightest image at 16.6 dB on average, "
+        "the mean image 10.1, the same decoder with a random network 6.4, one fitted to a random "
+        "network 13.1; D-SNR 0.40; 400 steps of training add nothing to the start (16.8 dB); "
+        "batches of 512 and ResNet-18 were not run (docs/methods/seer.md)",
     )
     needs: ClassVar[frozenset[Capability]] = frozenset(
         {
