@@ -3,10 +3,11 @@
     FEDSIM_TEST_DATA=... python tests/benchmarks/leak_by_clients.py [NAME ...] [--out runs/leak]
         [--data cifar10|photo-tiles] [--page docs/methods/under-secure-aggregation.md]
 
-Runs every attack that a scenario of ``scenarios/`` puts behind ``secagg``, at 2, 8 and 32 clients,
-and every active attack of which the model fits after 1, 2, 8 and 32 local steps, with the settings
-of ``leak_settings.py``; then writes the page and, beside it, its figure.  An attack that refuses
-says why.  With names it runs those alone, and the page has what there is.
+Runs the attacks that claim secure aggregation behind ``secagg`` at 2, 8 and 32 clients, and every
+active attack after 1, 2, 8 and 32 local steps, with the settings of ``leak_settings.py``; then
+writes the page and, beside it, its figure.  An attack that refuses says why, and one without
+settings that a scenario of ``scenarios/`` puts behind ``secagg`` is named on the page.  With names
+it runs those alone, and writes no page.
 
 The images behind a point are the same for 2, 8 and 32 clients as far as they go: 16 federations of
 2 clients hold what 4 of 8 hold, or one of 32.  All clients take part in one round, each with all
@@ -33,9 +34,10 @@ from leak_page import Row, write_page
 from leak_settings import (
     CLIENTS,
     STEPS,
+    SUMMED,
     Setting,
     Setup,
-    by_clients,
+    behind_secagg,
     by_steps,
 )
 from safetensors.torch import save_file
@@ -153,7 +155,7 @@ def told(result: dict[str, Any]) -> str:
 
 def chosen_setups(names: Sequence[str]) -> list[Setup]:
     """Return what to run along both axes; those named, or all."""
-    known = [*by_clients(), *by_steps()]
+    known = [*SUMMED, *by_steps()]
     return [setup for setup in known if not names or setup.name in names]
 
 
@@ -175,7 +177,10 @@ def main() -> None:
         measured = {p: list(cell(setup.at(p), chosen.data, chosen.out)) for p in points}
         rows.append(Row(setup, measured))
     own, _ = pool(chosen.data)[1].batch(torch.arange(OWN))
-    write_page(chosen.page, rows, own.flatten(1), chosen.data, COMMAND)
+    if chosen.names:
+        return
+    absent = behind_secagg() - {row.setup.name for row in rows if row.setup.axis == "clients"}
+    write_page(chosen.page, rows, own.flatten(1), absent, chosen.data, COMMAND)
     print(chosen.page)
 
 

@@ -81,8 +81,13 @@ class Row:
         return sum(floors) / max(len(floors), 1)
 
 
-def write_page(page: Path, rows: Sequence[Row], own: Tensor, data: str, command: str) -> None:
-    """Write the page, and beside it the figure; ``own`` are the attacker's images ``[S, D]``."""
+def write_page(
+    page: Path, rows: Sequence[Row], own: Tensor, absent: set[str], data: str, command: str
+) -> None:
+    """Write the page, and beside it the figure.
+
+    ``own`` are the attacker's images ``[S, D]``; ``absent`` claim SecAgg+ and were not run.
+    """
     figure = page.with_suffix(".svg")
     draw(figure, rows, own)
     text = INTRO.format(
@@ -101,6 +106,8 @@ def write_page(page: Path, rows: Sequence[Row], own: Tensor, data: str, command:
         if refused:
             text += "\nRefused before anybody trains:\n\n"
         text += "".join(f"- `{row.setup.name}`: {row.refusal}\n" for row in refused)
+        if axis == "clients" and absent:
+            text += f"\nNot run here: {', '.join(f'`{name}`' for name in sorted(absent))}.\n"
     page.write_text(text + settings(rows))
 
 

@@ -238,7 +238,7 @@ SUMMED = (
         rounds=8,
         holders=8,
         images=1,
-        federations=(3, 3, 1),
+        federations=(1, 1, 1),
     ),
     Setup(
         "secagg-unmasking(then='linear-inversion')",
@@ -308,7 +308,7 @@ STEPPED = (
         "Mixtures of the same eight images, whatever the steps.",
         threat="B",
         model="mlp(hidden=[256])",
-        **_AVERAGED | _FASTER | {"images": 8},
+        **_AVERAGED | _FASTER | {"images": 8, "federations": (1, 1, 1, 1)},
     ),
     Setup(
         "secagg-unmasking(then='linear-inversion')",
@@ -327,25 +327,7 @@ def behind_secagg() -> set[str]:
         told = tomllib.loads(file.read_text())
         if str(told.get("channel", "plain")).startswith("secagg") and "attack" in told:
             names.add(registry.parse(told["attack"], "attack")[0].name)
-    return {name for name in names if not _asks(name)}
-
-
-def _asks(name: str) -> bool:
-    """Say whether the attack asks who has an image, and shows none."""
-    return bool(getattr(registry.components("attack")[name], "asks", False))
-
-
-def by_clients() -> list[Setup]:
-    """Return the settings behind SecAgg+.
-
-    Raises
-    ------
-    KeyError
-        If a scenario claims it for an attack that has none here.
-    """
-    if missing := behind_secagg() - {setup.name for setup in SUMMED}:
-        raise KeyError(f"a scenario puts {sorted(missing)} behind secagg: say how in SUMMED")
-    return list(SUMMED)
+    return {name for name in names if not registry.components("attack")[name].asks}
 
 
 def by_steps() -> list[Setup]:
@@ -354,6 +336,6 @@ def by_steps() -> list[Setup]:
     others = [
         replace(Setup(name, "", threat="H"), **_AVERAGED)
         for name, kind in sorted(registry.components("attack").items())
-        if issubclass(kind, Active) and name not in known and not _asks(name)
+        if issubclass(kind, Active) and name not in known and not kind.asks
     ]
     return [*STEPPED, *others]
