@@ -66,8 +66,8 @@ class Seer(Manipulation):
     Threat model G: labeled surrogate data, the clients' batch size.  FedSGD, and a network with
     BatchNorm whose clients use batch statistics.  ``mode="max"`` reads one client's batch,
     ``"thresh"`` a sum over ``clients`` (secure aggregation), of which exactly one image should be
-    above the threshold: that is left to chance, and at this size beats a guess by little.  Offline cost:
-    ``3 * accumulate * steps`` gradients and their derivatives; nothing for the clients.
+    above the threshold: that is left to chance, and at this size beats a guess by little.  Offline
+    cost: ``3 * accumulate * steps`` gradients and their derivatives; nothing for the clients.
 
     Parameters
     ----------
@@ -100,8 +100,8 @@ class Seer(Manipulation):
         "0.65 (authors' plot script)",
         measured="CIFAR-10, batches of 16, small convnet: the brightest image at 16.6 dB on "
         "average, the mean image 10.1, the same decoder with a random network 6.4, one fitted "
-        "to a random network 13.1; D-SNR 0.40; 400 steps of training add nothing to the start (16.8 dB); "
-        "batches of 512 and ResNet-18 were not run (docs/methods/seer.md)",
+        "to a random network 13.1; D-SNR 0.40; 400 steps of training add nothing to the start "
+        "(16.8 dB); batches of 512 and ResNet-18 were not run (docs/methods/seer.md)",
     )
     needs: ClassVar[frozenset[Capability]] = frozenset(
         {
