@@ -63,6 +63,12 @@ class DataTable(_Table):
     partition: str = Field(
         "iid", description="A flwr-datasets partitioner: `dirichlet(alpha=0.5)`."
     )
+    known: str = Field(
+        "none",
+        pattern=r"^(none|\d+(, ?\d+)*)$",
+        description="Private images that the attacker holds too, by position in the train split "
+        "(`17, 130`), for attacks that ask whose they are; such attacks reconstruct nothing.",
+    )
 
 
 class ModelTable(_Table):

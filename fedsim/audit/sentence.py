@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 
 from fedsim.audit.criterion import Criterion
-from fedsim.audit.schema import Leak
+from fedsim.audit.schema import Leak, Membership
 
 
 def verdict(
     criterion: Criterion,
     leak: Leak | None,
     *,
+    membership: Membership | None = None,
     reason: str | None = None,
     oracles: Sequence[str] = (),
     failed: str | None = None,
@@ -21,6 +22,9 @@ def verdict(
         sentences.append(f"This run failed and its figures must not be believed: {failed}.")
     if stopped:
         sentences.append(f"This run is not whole: {stopped}.")
+    if membership is not None:
+        sentences.append(_who_has_it(membership))
+        return " ".join(sentences)
     if leak is None:
         sentences.append(f"There is no leak to judge: {reason}.")
         return " ".join(sentences)
@@ -33,6 +37,18 @@ def verdict(
             f"The attack was given the true {given} by an oracle, which no real server has."
         )
     return " ".join(sentences)
+
+
+def _who_has_it(found: Membership) -> str:
+    low, high = (round(100 * bound) for bound in found.interval)
+    right = round(found.accuracy * found.asked)
+    return (
+        f"The attacker holds an image and asks whether it is among the data: right in {right} of "
+        f"{found.asked} cases ({percent(found.accuracy)}, 95 % interval {low}–{high} %). "
+        f"It was there in {found.present}, which the attack found in {found.found}; of the other "
+        f"{found.asked - found.present} it took {found.alarms} for one. "
+        f"Who always gives the commoner answer gets {percent(found.guess)}."
+    )
 
 
 def _came_back(leak: Leak, criterion: Criterion) -> str:
