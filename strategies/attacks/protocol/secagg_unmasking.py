@@ -185,8 +185,12 @@ class Unmasking(RoundTap):
     ----------
     victims : frozenset of int or None
         Node ids; None for all.
+    lists : {"overlapping", "split"}
+        As in the attack.
     terms : ConfigRecord
         What the first stage told clients.
+    owed : int
+        How many shares that a client lives the sum needs: the honest threshold.
     keys : dict of int to bytes
         Public keys ``pk1`` by node.
     neighbors : dict of int to list of int
@@ -202,6 +206,7 @@ class Unmasking(RoundTap):
     victims: frozenset[int] | None
     lists: Lists
     terms: ConfigRecord = field(default_factory=ConfigRecord)
+    owed: int = 0
     keys: dict[int, bytes] = field(default_factory=dict)
     neighbors: dict[int, list[int]] = field(default_factory=dict)
     names: list[dict[str, tuple[int, ...]]] = field(default_factory=list)

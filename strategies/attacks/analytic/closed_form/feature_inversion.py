@@ -2,7 +2,8 @@
 
 The server knows the layers before it, f: ``min_x mean_i 1 - cos(f(x)_i, z_i) + tv TV(x)`` over
 images in ``[0, 1]``, by Adam with a rate that falls on a cosine.  Kariyappa et al., "Cocktail Party
-Attack", ICML 2023, Sec. 5 (feature inversion).
+Attack", ICML 2023, Sec. 5 (feature inversion); their further term, the cosine between gradients, is
+left out: it wants all labels.
 """
 
 from collections.abc import Callable

@@ -18,14 +18,17 @@ that the model behind keeps working and its gradient does not depend on BatchNor
 re-implementation does the same).
 """
 
+import time
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
 
+from fedsim.attack import Cost, Reconstruction
 from fedsim.data import DataSpec
-from fedsim.threat import Knowledge
+from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
 from strategies.attacks.analytic.isolation.bins import (
     brightness,
@@ -35,6 +38,7 @@ from strategies.attacks.analytic.isolation.bins import (
 )
 
 Bins = Literal["normal", "empirical"]
+Read = Callable[[ServerView, DataSpec], tuple[Tensor, Tensor, Tensor, int]]
 # Examples on which the attacker tries its own model to set the scale.
 PROBE = 64
 # Neighboring pixels of an image are alike, those of noise are not: with rounding and quantization
@@ -186,3 +190,28 @@ def told(view: ServerView, clients: Tensor, bins: int) -> str:
     if len(counts) > 8:
         each = f"{min(counts)} to {max(counts)} of each of {len(counts)} clients"
     return f"read {len(clients)} occupied bins of {bins} in view {view.label} ({each})"
+
+
+def read_views(views: Sequence[ServerView], knowledge: Knowledge, read: Read) -> Reconstruction:
+    """Read every occupied bin of every sender's block; no more than there are examples.
+
+    ``read`` gives of a view images ``[k, D]``, strength and client of each, and bins in all.
+    """
+    started = time.perf_counter()
+    knowledge.require(Capability.UPDATES)
+    spec = knowledge.basics.data
+    found, scores, sources, receipts = [], [], [], []
+    for index, view in enumerate(views):
+        images, strength, clients, bins = read(view, spec)
+        best = strength.argsort(descending=True, stable=True)[: knowledge.most_examples(view)]
+        found.append(images[best].view(-1, *spec.shape).clamp(0, 1))
+        scores.append(strength[best].float())
+        sources.append(torch.full((len(best),), index))
+        receipts.append(told(view, clients, bins))
+    return Reconstruction(
+        examples=torch.cat(found) if found else torch.empty(0, *spec.shape),
+        views=torch.cat(sources) if sources else torch.empty(0, dtype=torch.int64),
+        scores=torch.cat(scores) if scores else None,
+        cost=Cost(seconds=time.perf_counter() - started),
+        receipts=tuple(receipts),
+    )

@@ -31,7 +31,6 @@ demonstration: 1000, and no image behind it).  ``scale`` is calibrated instead o
 """
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -41,7 +40,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedsim import registry
-from fedsim.attack import Cost, Manipulation, ModelToSend, Paper, Reconstruction, ToyCase
+from fedsim.attack import Manipulation, ModelToSend, Paper, Reconstruction, ToyCase
 from fedsim.data import DataSpec
 from fedsim.models import build_model, load_arrays
 from fedsim.registry import register
@@ -206,24 +205,7 @@ class Loki(Manipulation):
     # -- what is read ----------------------------------------------------------------------------
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Read every occupied bin of every sender's block; no more than there are examples."""
-        started = time.perf_counter()
-        knowledge.require(Capability.UPDATES)
-        spec = knowledge.basics.data
-        found, scores, sources, receipts = [], [], [], []
-        for index, view in enumerate(views):
-            images, strength, clients, bins = self.read(view, spec)
-            best = strength.argsort(descending=True, stable=True)[: knowledge.most_examples(view)]
-            found.append(images[best].view(-1, *spec.shape).clamp(0, 1))
-            scores.append(strength[best].float())
-            sources.append(torch.full((len(best),), index))
-            receipts.append(blocks.told(view, clients, bins))
-        return Reconstruction(
-            examples=torch.cat(found) if found else torch.empty(0, *spec.shape),
-            views=torch.cat(sources) if sources else torch.empty(0, dtype=torch.int64),
-            scores=torch.cat(scores) if scores else None,
-            cost=Cost(seconds=time.perf_counter() - started),
-            receipts=tuple(receipts),
-        )
+        return blocks.read_views(views, knowledge, self.read)
 
     def read(self, view: ServerView, spec: DataSpec) -> tuple[Tensor, Tensor, Tensor, int]:
         """Read one view.

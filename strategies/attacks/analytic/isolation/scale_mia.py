@@ -75,7 +75,8 @@ class ScaleMIA(Manipulation):
         Factor on the first linear layer (its inverse on the second).  None: worked out on surrogate
         data, so that the update survives Flower's SecAgg+ (``gain.py``).
 
-    Fails on surrogate data of another domain, with BatchNorm in the encoder, and under noise.
+    Fails on surrogate data of another domain, with BatchNorm in the encoder, under noise, and where
+    clients take several steps that move the encoder (several mini-batches, many epochs).
     """
 
     paper: ClassVar[Paper] = Paper(

@@ -11,6 +11,7 @@ image moves the backbone, and every class is counted: ``n_k = B (1/K - db_k)`` e
 
 *Class fishing*, target c: ``W_c = alpha 1``, other rows 0, ``b_k = 1000`` for ``k != c``.  Then
 ``p_c = 0`` for all: images of other classes are silent, images of c all have the weight alpha.
+(The authors leave ``b_c`` what it was; here it is 0.)
 
 *Feature fishing*, in a batch of one class c, feature i: ``W = 0`` but ``W_ci = beta``,
 ``b_c = ln(K-1) - beta theta``, ``b_k = 0``.  Then ``p_c = sigma(beta (f_i - theta))``: images above
