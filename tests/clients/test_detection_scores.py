@@ -219,8 +219,12 @@ def test_one_functional_for_all_rows_has_rank_one_and_nothing_but_duplicates() -
     assert low_rank(torch.eye(64).double(), draws()) == pytest.approx(0, abs=1e-9)
 
 
-def test_copies_in_a_large_layer_have_no_place_to_hide() -> None:
+@pytest.mark.parametrize("at_once", [2**22, 2**16])
+def test_copies_in_a_large_layer_have_no_place_to_hide(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Wherever a server puts them: the rows that are looked at are drawn in secret."""
+    monkeypatch.setattr("clients.defenses.detection.structure.AT_ONCE", at_once)
     layer = drawn(7, 2048, 64).double()
     for odd in (slice(1, None, 2), slice(0, None, 2), slice(1024, None)):
         made = layer.clone()

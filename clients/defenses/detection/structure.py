@@ -53,6 +53,8 @@ LADDER = 16
 # Rows (columns) that are compared with all: a product of so many is quick.  They are drawn in
 # secret, or a server could put its copies where nobody looks.
 COMPARED = 1024
+# Cosines held at once.
+AT_ONCE = 2**22
 
 
 @register("defense", "structure")
@@ -179,9 +181,12 @@ def parallel(weight: Tensor, drawn: torch.Generator) -> float:
         return float("nan")
     unit = rows / rows.norm(dim=1, keepdim=True)
     some = taken(len(rows), drawn).to(rows.device)
-    cosines = (unit[some] @ unit.T).abs()
-    cosines[torch.arange(len(some)), some] = 0
-    return float((cosines.amax(dim=1) > PARALLEL).double().mean())
+    found = 0
+    for part in torch.split(some, max(1, AT_ONCE // len(rows))):
+        cosines = (unit[part] @ unit.T).abs()
+        cosines[torch.arange(len(part), device=part.device), part] = 0
+        found += int((cosines.amax(dim=1) > PARALLEL).sum())
+    return found / len(some)
 
 
 def low_rank(weight: Tensor, drawn: torch.Generator) -> float:
