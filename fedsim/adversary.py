@@ -109,6 +109,7 @@ def build_knowledge(
         oracles=oracles,
         num_examples={fact["label"]: fact["num_examples"] for fact in views},
         clients=scenario.federation.clients,
+        known=parts.known,
         progress=progress,
     )
 

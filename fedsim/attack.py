@@ -59,6 +59,11 @@ class Reconstruction:
     cost : Cost
     receipts : tuple of str
         What the attack really did, in sentences for the report.
+    present : Tensor or None
+        ``[M]`` bool, of an attack that asks (``Attack.asks``): whether it says that this very
+        example was among the data.  Such examples are judged as answers, and as nothing else.
+    whose : Tensor or None
+        ``[M]`` int64, beside ``present``: of which client it says so, -1 of all behind the view.
     """
 
     examples: Tensor
@@ -67,6 +72,8 @@ class Reconstruction:
     scores: Tensor | None = None
     cost: Cost = field(default_factory=Cost)
     receipts: tuple[str, ...] = ()
+    present: Tensor | None = None
+    whose: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,8 @@ class Attack(ABC):
     toy: ClassVar[ToyCase]
     #: What its progress counts, in the plural.
     unit: ClassVar[str] = "steps"
+    #: Whether it asks who has examples that it holds (``Knowledge.known``): a test of membership.
+    asks: ClassVar[bool] = False
 
     @property
     def oracles(self) -> frozenset[str]:

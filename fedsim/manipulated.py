@@ -56,7 +56,9 @@ def manipulation_facts(
 
 
 def _parameters(arrays: ArrayRecord) -> int:
-    return sum(int(np.prod(array.shape)) for array in arrays.values())
+    """Count values; an index into a sparse layer is none."""
+    floating = (a for a in arrays.values() if np.issubdtype(np.dtype(a.dtype), np.floating))
+    return sum(int(np.prod(array.shape)) for array in floating)
 
 
 def _bytes(arrays: ArrayRecord) -> int:

@@ -91,6 +91,18 @@ class Parts:
         )
 
     @cached_property
+    def known(self) -> tuple[torch.Tensor, ...]:
+        """Private images that the attacker holds too, each ``[C, H, W]`` float64 in ``[0, 1]``."""
+        text, count = self.scenario.data.known, len(self.dataset.train)
+        places = [] if text == "none" else [int(word) for word in text.split(",")]
+        if beyond := [place for place in places if place >= count]:
+            raise ScenarioError(
+                "data.known", text, f"there are {count} private images; {beyond[0]} is none of them"
+            )
+        wanted = torch.tensor(places, dtype=torch.int64)
+        return tuple(self.dataset.train.batch(wanted, torch.float64)[0])
+
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The floating-point type of models, training and uploads."""
         return {"float32": torch.float32, "float64": torch.float64}[
@@ -208,6 +220,7 @@ def _check_adversary(parts: Parts) -> None:
     if idle := sorted(parts.oracles - wanted):
         remedy = f"nothing here would use {idle[0]!r}; leave it out"
         raise ScenarioError("oracles", scenario.oracles, remedy)
+    _check_known(parts)
     if attack is None:
         return
     granted = THREAT_MODELS[scenario.threat_model]
@@ -240,6 +253,16 @@ def _check_setting(parts: Parts, model: nn.Module, here: bool) -> None:
             raise
         except ValueError as error:
             raise ScenarioError(key, getattr(parts.scenario, key), str(error)) from error
+
+
+def _check_known(parts: Parts) -> None:
+    """Check that an attack that asks has what to ask about, and that no other holds the truth."""
+    asks, text = parts.attack is not None and parts.attack.asks, parts.scenario.data.known
+    if asks and not parts.known:
+        remedy = f"{parts.scenario.attack} asks whose an image is; name one, as in '17'"
+        raise ScenarioError("data.known", text, remedy)
+    if parts.known and not asks:
+        raise ScenarioError("data.known", text, "nothing here would ask about it; write 'none'")
 
 
 def _check_order(defenses: tuple[Defense, ...], text: str) -> None:

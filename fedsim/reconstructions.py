@@ -108,7 +108,7 @@ def _told(reconstruction: Reconstruction) -> dict[str, Any]:
 
 def _tensors(reconstruction: Reconstruction) -> dict[str, Tensor]:
     found = {name: getattr(reconstruction, name) for name in ("examples", "views")}
-    for name in ("labels", "scores"):
+    for name in ("labels", "scores", "present", "whose"):
         if getattr(reconstruction, name) is not None:
             found[name] = getattr(reconstruction, name)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
@@ -174,12 +174,14 @@ def _check(reconstruction: Reconstruction, facts: Facts) -> None:
     if reconstruction.examples.ndim != 4:
         shape = list(reconstruction.examples.shape)
         raise ValueError(f"candidates must be [M, C, H, W], not {shape}")
-    for name in ("views", "labels", "scores"):
+    for name in ("views", "labels", "scores", "present", "whose"):
         tensor = getattr(reconstruction, name)
         if tensor is not None and tensor.shape != (count,):
             raise ValueError(f"{name} must be [{count}], not {list(tensor.shape)}")
         if name != "scores" and tensor is not None and tensor.is_floating_point():
             raise ValueError(f"{name} must be integers, not {tensor.dtype}")
+    if (reconstruction.present is None) != (reconstruction.whose is None):
+        raise ValueError("present and whose belong together")
     views = reconstruction.views
     if count and not 0 <= int(views.min()) <= int(views.max()) < len(facts.view_labels):
         raise ValueError(f"candidates name views outside the {len(facts.view_labels)} there are")

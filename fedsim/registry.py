@@ -167,7 +167,11 @@ def _parse_one(part: str, text: str, key: str) -> Expression:
         try:
             arguments[keyword.arg] = ast.literal_eval(keyword.value)
         except (ValueError, TypeError, MemoryError, RecursionError):
-            remedy = f"argument {keyword.arg!r} must be a literal (number, text, True, None, list)"
+            remedy = "must be a literal (number, text, True, False, None, list)"
+            spelled = {"true": "True", "false": "False", "null": "None", "none": "None"}
+            if isinstance(keyword.value, ast.Name) and keyword.value.id in spelled:
+                remedy += f"; did you mean {spelled[keyword.value.id]}?"
+            remedy = f"argument {keyword.arg!r} {remedy}"
             raise ScenarioError(key, text, remedy) from None
     return Expression(name, arguments)
 

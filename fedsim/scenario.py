@@ -63,6 +63,12 @@ class DataTable(_Table):
     partition: str = Field(
         "iid", description="A flwr-datasets partitioner: `dirichlet(alpha=0.5)`."
     )
+    known: str = Field(
+        "none",
+        pattern=r"^(none|\d+(, ?\d+)*)$",
+        description="Private images that the attacker holds too, by position in the train split "
+        "(`17, 130`), for attacks that ask whose they are; such attacks reconstruct nothing.",
+    )
 
 
 class ModelTable(_Table):
@@ -112,7 +118,9 @@ class Scenario(_Table):
         "none", description="What the attack may know beyond any threat model: `labels`."
     )
     defenses: str = Field("none", description="Defense expressions, joined by ` | `.")
-    channel: str = Field("plain", description="What reaches the server: `plain`, `secagg(...)`.")
+    channel: str = Field(
+        "plain", description="What reaches the server: `plain`, `secagg(...)`, `trusted-sum`."
+    )
     seed: int = Field(7, ge=0, le=2**63 - 1, description="The public seed.")
     federation: FederationTable = FederationTable.model_construct()
     data: DataTable = DataTable.model_construct()

@@ -109,6 +109,9 @@ class Knowledge:
         Where the attack computes.
     clients : int
         How many clients there are, the attacker's sybils not counted: any server knows.
+    known : tuple of Tensor
+        ``[C, H, W]`` float64 in ``[0, 1]``: private images that the attacker holds too, by the
+        scenario's ``data.known``; whose they are is what it asks.
     progress : callable
         ``progress(done, total, text)``: tell whoever watches how far the attack is.
     """
@@ -127,11 +130,13 @@ class Knowledge:
         oracles: Mapping[str, Callable[[ServerView], Tensor]] | None = None,
         num_examples: Mapping[str, int | None] | None = None,
         clients: int = 1,
+        known: tuple[Tensor, ...] = (),
         progress: Callable[[int, int, str], None] | None = None,
     ) -> None:
         has = THREAT_MODELS[threat_model]
         self.device = device
         self.clients = clients
+        self.known = known
         self.batchnorm = batchnorm
         self.progress = progress or _unwatched
         self._threat_model = threat_model
@@ -159,9 +164,11 @@ class Knowledge:
 
     def told(self) -> dict[str, Any]:
         """Return what any attack holds from the start: the task that clients' models are built
-        for, which every message to them carries, how many clients there are, a seed of its own.
+        for, which every message to them carries, how many clients there are, a seed of its own,
+        and the images it holds.
         """
-        return {"spec": self._data, "seed": self._seed, "clients": self.clients}
+        held = {"clients": self.clients, "known": self.known}
+        return {"spec": self._data, "seed": self._seed, **held}
 
     @property
     def threat_model(self) -> str:

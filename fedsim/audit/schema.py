@@ -80,6 +80,24 @@ class Leak(_Part):
     curve: list[CurvePoint]
 
 
+class Membership(_Part):
+    """How often an attack was right about who has an image that it holds.
+
+    Of ``asked`` cases the image was there in ``present``; the attack said so in ``found`` of them,
+    and in ``alarms`` of the others.  ``guess`` is the accuracy of the commoner answer, always.
+    """
+
+    asked: int
+    present: int
+    found: int
+    alarms: int
+    accuracy: FiniteFloat
+    interval: tuple[FiniteFloat, FiniteFloat] = Field(description="95 % Wilson, of the accuracy")
+    precision: FiniteFloat | None = Field(None, description="null where it never said so")
+    recall: FiniteFloat | None = Field(None, description="null where the image was never there")
+    guess: FiniteFloat
+
+
 class Example(_Part):
     """One private image and the candidate matched to it, if any (``match`` is its position)."""
 
@@ -244,6 +262,7 @@ class Report(_Part):
     detection: list[Detection] = []
     leak: Leak | None = None
     leak_reason: str | None = None
+    membership: Membership | None = None
     examples: list[Example] = []
     classes: list[str] = []
     environment: dict[str, Any] = {}

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from fedsim.audit.criterion import Criterion
-from fedsim.audit.schema import Failure, Leak, Refusals
+from fedsim.audit.schema import Failure, Leak, Membership, Refusals
 
 _ROUNDS_SPOKEN = 3
 
@@ -12,6 +12,7 @@ def verdict(
     criterion: Criterion,
     leak: Leak | None,
     *,
+    membership: Membership | None = None,
     reason: str | None = None,
     oracles: Sequence[str] = (),
     failed: str | None = None,
@@ -24,6 +25,9 @@ def verdict(
         sentences.append(f"This run failed and its figures must not be believed: {failed}.")
     if stopped:
         sentences.append(f"This run is not whole: {stopped}.")
+    if membership is not None:
+        sentences.append(_who_has_it(membership))
+        return " ".join(sentences)
     if leak is None:
         sentences.append(f"There is no leak to judge: {reason}.")
         return " ".join(sentences)
@@ -65,6 +69,18 @@ def refused(refusals: Sequence[Refusals]) -> str:
 def capitalized(text: str) -> str:
     """Return a text whose first letter is large, and the rest as it is."""
     return text[:1].upper() + text[1:]
+
+
+def _who_has_it(found: Membership) -> str:
+    low, high = (round(100 * bound) for bound in found.interval)
+    right = round(found.accuracy * found.asked)
+    return (
+        f"The attacker holds an image and asks whether it is among the data: right in {right} of "
+        f"{found.asked} cases ({percent(found.accuracy)}, 95 % interval {low}–{high} %). "
+        f"It was there in {found.present}, which the attack found in {found.found}; of the other "
+        f"{found.asked - found.present} it took {found.alarms} for one. "
+        f"Who always gives the commoner answer gets {percent(found.guess)}."
+    )
 
 
 def _came_back(leak: Leak, criterion: Criterion) -> str:

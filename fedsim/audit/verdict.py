@@ -15,6 +15,7 @@ from fedsim.audit.criterion import Criterion, parse_criterion
 from fedsim.audit.floor import GuessScores, floor
 from fedsim.audit.leak import EXACT, THRESHOLDS, Scores, label_accuracy, score, wilson
 from fedsim.audit.matching import PrivateSet, private_set
+from fedsim.audit.membership import membership
 from fedsim.audit.run import Run, open_run
 from fedsim.audit.schema import (
     Accuracy,
@@ -27,6 +28,7 @@ from fedsim.audit.schema import (
     Floor,
     Guess,
     Leak,
+    Membership,
     Report,
     Sent,
     Summary,
@@ -44,6 +46,7 @@ Saved = tuple[Reconstruction, Facts, Path]
 Records = dict[tuple[int, int], VaultRecord]
 
 _NO_VAULT = "the vault is missing: bring the clients' deposits with fedsim report RUN --vault DIR"
+_ASKED = "the attack asks who has an image that it holds, and reconstructs none"
 
 
 class _NothingToJudge(Exception):  # noqa: N818 - a reason for the report, not an error
@@ -58,6 +61,7 @@ class _Finding:
     examples: list[Example]
     reason: str | None
     notes: list[str]
+    membership: Membership | None = None
 
 
 def judge(folder: Path, reconstruction: Path | None = None) -> Report:
@@ -88,6 +92,11 @@ def judge(folder: Path, reconstruction: Path | None = None) -> Report:
 
 def _finding(run: Run, saved: Saved | None, records: Records, criterion: Criterion) -> _Finding:
     notes: list[str] = []
+    if saved is not None and saved[0].present is not None:
+        judged = membership(saved[0], saved[1], records) if records else _NO_VAULT
+        if isinstance(judged, str):
+            return _Finding(None, [], judged, notes)
+        return _Finding(None, [], _ASKED, notes, judged)
     try:
         leak, examples = _leak(run, saved, records, criterion, notes)
     except _NothingToJudge as nothing:
@@ -105,6 +114,7 @@ def _report(
     sentence = verdict(
         criterion,
         finding.leak,
+        membership=finding.membership,
         reason=finding.reason,
         oracles=threat_model.oracles,
         failed=failed,
@@ -127,6 +137,7 @@ def _report(
         detection=receipts.detections(records.values(), run.federation),
         leak=finding.leak,
         leak_reason=finding.reason,
+        membership=finding.membership,
         examples=finding.examples,
         classes=list(data.classes) if isinstance(data, DataSet) else [],
         environment=run.environment,

@@ -52,6 +52,7 @@ class Task:
     device: torch.device
     batchnorm: str
     clients: int
+    known: tuple[Tensor, ...]
 
 
 class Line:
@@ -128,6 +129,7 @@ class AskedKnowledge(Knowledge):
             device=task.device,
             batchnorm=task.batchnorm,
             clients=task.clients,
+            known=task.known,
             progress=line.progress,
         )
         self._ask = line.ask

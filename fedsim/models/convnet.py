@@ -1,4 +1,4 @@
-"""A small convolutional network without BatchNorm, for quick federations and gradient inversion."""
+"""A small convolutional network, for quick federations and gradient inversion."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -17,18 +17,27 @@ Width = Annotated[int, Field(gt=0)]
 class ConvNet(nn.Module):
     """Three 3 x 3 convolutions with ReLU (strides ``stride``, 2, 2), and linear layers."""
 
-    def __init__(self, spec: DataSpec, width: int, stride: int, hidden: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        spec: DataSpec,
+        width: int,
+        stride: int,
+        hidden: Sequence[int] = (),
+        *,
+        batchnorm: bool = False,
+    ) -> None:
         super().__init__()
         channels, height, across = spec.shape
         self.normalize = Normalize(spec)
-        self.body = nn.Sequential(
-            nn.Conv2d(channels, width, 3, stride=stride, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1),
-            nn.ReLU(),
-        )
+        self.body = nn.Sequential()
+        for before, after, step in (
+            (channels, width, stride),
+            (width, 2 * width, 2),
+            (2 * width, 2 * width, 2),
+        ):
+            self.body.append(nn.Conv2d(before, after, 3, stride=step, padding=1))
+            self.body.extend([nn.BatchNorm2d(after)] * batchnorm)
+            self.body.append(nn.ReLU())
         # A stride of 2 with this padding halves and rounds up.
         pixels = -(-height // (4 * stride)) * -(-across // (4 * stride))
         widths = [2 * width * pixels, *hidden]
@@ -50,6 +59,7 @@ def convnet(
     width: Width = 32,
     stride: Literal[1, 2] = 1,
     hidden: list[Width] | tuple[Width, ...] = (),
+    norm: Literal["none", "batch"] = "none",
 ) -> nn.Module:
     """Build the network; PyTorch's default initialization.
 
@@ -63,5 +73,7 @@ def convnet(
         Of the first convolution; with 2 images are much harder to get back.
     hidden : list of int
         Widths of fully connected ReLU layers before the last one.
+    norm : {"none", "batch"}
+        Whether BatchNorm follows each convolution.
     """
-    return ConvNet(spec, width, stride, hidden)
+    return ConvNet(spec, width, stride, hidden, batchnorm=norm == "batch")

@@ -71,6 +71,8 @@ def _mood(report: Report) -> str:
     """Color of the verdict: it leaks, it holds, it must not be believed, or nothing was judged."""
     if report.failed or report.stopped:
         return "broken"
+    if report.membership is not None:
+        return "leaks" if report.membership.accuracy > report.membership.guess else "holds"
     if report.leak is None:
         return ""
     above = report.leak.floor is None or report.leak.leak_rate > report.leak.floor.leak_rate

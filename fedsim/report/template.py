@@ -76,6 +76,14 @@ PAGE = """<!doctype html>
 </dl>
 {% else %}
 <dl class="facts">
+{% if report.membership %}
+<div><dt>Accuracy of the attack</dt><dd>{{ report.membership.accuracy | share }}\
+<small>a guess gets {{ report.membership.guess | share }}</small></dd></div>
+<div><dt>Precision</dt><dd>{{ report.membership.precision | share }}\
+<small>of the cases in which it said the image is there</small></dd></div>
+<div><dt>Recall</dt><dd>{{ report.membership.recall | share }}\
+<small>of the cases in which it was there</small></dd></div>
+{% endif %}
 <div><dt>Rounds done</dt><dd>{{ federation.rounds_done | count }}\
 <small>of {{ federation.rounds | count }}, with {{ federation.clients | count }} clients</small>\
 </dd></div>

@@ -166,7 +166,8 @@ def watched(case: Flat, seed: int) -> Flat:
 
 def twin(case: Flat) -> Flat:
     """Return the same federation with an honest server."""
-    return {**case, "attack": "none", "oracles": "none"}
+    unasked: Flat = {"data.known": "none"} if "data.known" in case else {}
+    return {**case, "attack": "none", "oracles": "none", **unasked}
 
 
 def measured(case: Flat, cache: Path, *, anew: bool = False) -> list[Round]:

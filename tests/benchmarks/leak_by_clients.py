@@ -1,161 +1,187 @@
-"""Leak rate against the number of clients and of local steps, for any attacks.
+"""Leak rate behind SecAgg+ against the number of clients, and against local steps.
 
-    python tests/benchmarks/leak_by_clients.py "loki(units=64)" "robbing-the-fed(units=64)"
-        [--clients 2 8 32] [--steps 0 8] [--images 16] [--channel "secagg(max_weight=16)"]
-        [--data photo-tiles|cifar10] [--seeds 1 2 3]
+    FEDSIM_TEST_DATA=... python tests/benchmarks/leak_by_clients.py [NAME ...] [--out runs/leak]
+        [--data cifar10|photo-tiles] [--page docs/methods/under-secure-aggregation.md]
 
-Each client holds as many images as ``--images`` says, all of them different, and all take part in
-one round.  Steps: 0 uploads the gradient of all images (``fedsgd``); T > 0 takes T steps over them
-(``fedavg``) and uploads weights.  Attacks that cannot read what is uploaded show the reason.  A
-row is one attack; a figure the share of images at 20 dB or more, and beside it the law of images
-that are alone in one of ``units`` bins, in the sum of all clients and in a client's own block.
-CIFAR-10 comes from the folder that ``FEDSIM_TEST_DATA`` names.
+Runs the attacks that claim secure aggregation behind ``secagg`` at 2, 8 and 32 clients, and every
+active attack after 1, 2, 8 and 32 local steps, with the settings of ``leak_settings.py``; then
+writes the page and, beside it, its figure.  An attack that refuses says why, and one without
+settings that a scenario of ``scenarios/`` puts behind ``secagg`` is named on the page.  With names
+it runs those alone, and writes no page.
+
+The images behind a point are the same for 2, 8 and 32 clients as far as they go: 16 federations of
+2 clients hold what 4 of 8 hold, or one of 32.  All clients take part in one round, each with all
+that it has.  Finished federations are kept in ``--out``, one file each, so that the command goes on
+where it stopped; delete them when an attack changes.
 """
 
 import argparse
+import hashlib
 import json
+import logging
 import os
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from leak_page import Row, write_page
+from leak_settings import (
+    CLIENTS,
+    STEPS,
+    SUMMED,
+    Setting,
+    Setup,
+    behind_secagg,
+    by_steps,
+)
 from safetensors.torch import save_file
 
-from fedsim import registry
 from fedsim.data import Split, load_dataset
 from fedsim.engines.inline import run_inline
-from fedsim.errors import ScenarioError
+from fedsim.errors import RunFailed, ScenarioError
 from fedsim.scenario import Scenario
+
+COMMAND = "FEDSIM_TEST_DATA=... python tests/benchmarks/leak_by_clients.py"
+# One attacker: the same images of its own, and so the same cut-offs, whoever its clients are.
+SEED = 1
+# So many of the attacker's own images tune the traps, and their law.
+OWN = 100
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One cell of the table."""
+class Federation:
+    """One federation of a cell: which setting, and which part of the images it holds."""
 
-    attack: str
-    clients: int
-    steps: int
-    images: int
-    channel: str
-    model: str
-    lr: float
+    setting: Setting
     data: str
-    seed: int
+    part: int
 
     @property
-    def local(self) -> str:
-        """What a client does in a round."""
-        if self.steps == 0:
-            return f"fedsgd(batch_size={self.images}, lr={self.lr})"
-        return f"fedavg(epochs=1, batch_size={self.images // self.steps}, lr={self.lr})"
+    def key(self) -> str:
+        """A name for its file: another setting has another."""
+        setting = {k: v for k, v in asdict(self.setting).items() if k != "federations"}
+        told = json.dumps([setting, self.data, self.part], sort_keys=True)
+        return f"{self.setting.name}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
 
 
-def pool(data: str) -> tuple[Split, Split, int]:
+@cache
+def pool(data: str) -> tuple[Split, Split, tuple[str, ...]]:
     """Return the images that clients draw from, other images like them, and the classes."""
     if data != "cifar10":
         loaded = load_dataset(data)
-        return loaded.train, loaded.test, len(loaded.classes)
+        return loaded.train, loaded.test, loaded.classes
     folder = Path(os.environ["FEDSIM_TEST_DATA"]) / "cifar10"
     splits = []
     for name in ("train_1", "test_1"):
         with np.load(folder / f"{name}.npz") as stored:
             labels = torch.from_numpy(stored["y"]).long()
             splits.append(Split(torch.from_numpy(stored["x"]), labels))
-    return splits[0], splits[1], 10
+    return splits[0], splits[1], tuple(str(label) for label in range(10))
 
 
-def write_data(setting: Setting, file: Path) -> None:
+def write_data(federation: Federation, file: Path) -> None:
     """Write as many images as all clients hold, distinct ones, and the attacker's own."""
-    private, other, classes = pool(setting.data)
-    wanted = setting.clients * setting.images
-    generator = torch.Generator().manual_seed(setting.seed)
-    order = torch.randperm(len(private), generator=generator)[:wanted]
-    if len(order) < wanted:
-        raise SystemExit(f"{setting.data} has {len(private)} images, {wanted} are wanted")
+    private, other, classes = pool(federation.data)
+    wanted = federation.setting.holders * federation.setting.images
+    start = federation.part * wanted
+    order = torch.randperm(len(private), generator=torch.Generator().manual_seed(1))
+    chosen = order[start : start + wanted]
+    if len(chosen) < wanted:
+        raise SystemExit(f"{federation.data} has {len(private)} images, too few for this setting")
     content = {
-        "images": private.images[order],
-        "labels": private.labels[order],
+        "images": private.images[chosen].contiguous(),
+        "labels": private.labels[chosen].contiguous(),
         "test_images": other.images.contiguous(),
-        "test_labels": other.labels,
+        "test_labels": other.labels.contiguous(),
     }
-    names = json.dumps([str(label) for label in range(classes)])
-    save_file(content, file, metadata={"classes": names})
+    save_file(content, file, metadata={"classes": json.dumps(classes)})
 
 
-def leak_rate(setting: Setting) -> tuple[float, float]:
-    """Run one federation and return the share of images leaked, and the seconds it took."""
+def ran(federation: Federation) -> dict[str, Any]:
+    """Run one federation; return how many images were judged, and how well each came back."""
+    setting = federation.setting
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "data.safetensors"
-        write_data(setting, file)
+        write_data(federation, file)
         scenario = Scenario.from_flat(
             {
-                "threat-model": "H",
-                "attack": setting.attack,
-                "channel": setting.channel,
-                "seed": setting.seed,
-                "federation.clients": setting.clients,
-                "federation.local": setting.local,
-                "federation.threads": torch.get_num_threads(),
+                **setting.flat(),
+                "seed": SEED,
+                "federation.threads": 1,
                 "data.dataset": f"tensors(path='{file}')",
-                "model.name": setting.model,
                 "output.dir": folder,
             }
         )
         started = time.perf_counter()
-        page = run_inline(scenario, "tests/benchmarks/leak_by_clients.py")
-        report = json.loads((page.parent / "report.json").read_text())
-    return report["leak"]["leak_rate"], time.perf_counter() - started
-
-
-def alone(attack: str, images: int) -> float | None:
-    """Return the share of images that are alone in one of the attack's bins."""
-    units = registry.parse(attack, "attack")[0].arguments.get("units")
-    return float((1 - 1 / int(units)) ** (images - 1)) if units else None
-
-
-def line(setting: Setting, seeds: list[int]) -> str:
-    """Return one cell's figures, the mean over seeds."""
-    measured = []
-    for seed in seeds:
         try:
-            measured.append(leak_rate(Setting(**{**vars(setting), "seed": seed})))
-        except ScenarioError as error:
-            return f"{setting.clients:8}{setting.steps:7}  not possible: {str(error)[:90]}"
-    rates, seconds = zip(*measured, strict=True)
-    laws = [alone(setting.attack, n) for n in (setting.images * setting.clients, setting.images)]
-    told = "".join(f"{'':>10}" if law is None else f"{law:10.3f}" for law in laws)
-    share = f"{np.mean(rates):8.3f}"
-    return f"{setting.clients:8}{setting.steps:7}{share}{told}{np.mean(seconds):9.0f}"
+            page = run_inline(scenario, COMMAND)
+        except (ScenarioError, RunFailed) as error:
+            return {"refused": getattr(error, "remedy", None) or str(error)}
+        report = json.loads((page.parent / "report.json").read_text())
+    judged = [e for e in report["examples"] if setting.judges(e["client"])]
+    floor = report["leak"]["floor"]
+    return {
+        "psnr": [e["psnr"] if e["match"] is not None else None for e in judged],
+        "floor": floor and floor["leak_rate"],
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def cell(setting: Setting, data: str, out: Path) -> Iterator[dict[str, Any]]:
+    """Yield what each federation of a cell gave, from its file where there is one."""
+    for part in range(setting.federations):
+        federation = Federation(setting, data, part)
+        file = out / f"{federation.key}.json"
+        if not file.exists():
+            result = ran(federation)
+            file.write_text(json.dumps(result))
+            print(f"{setting.name} {setting.point}: part {part} {told(result)}", flush=True)
+        yield json.loads(file.read_text())
+
+
+def told(result: dict[str, Any]) -> str:
+    """Return one federation's result in a line."""
+    if "refused" in result:
+        return f"refused: {result['refused']}"
+    at_20 = sum(psnr is not None and psnr >= 20 for psnr in result["psnr"])
+    return f"{at_20} of {len(result['psnr'])} at 20 dB, {result['seconds']:.0f} s"
+
+
+def chosen_setups(names: Sequence[str]) -> list[Setup]:
+    """Return what to run along both axes; those named, or all."""
+    known = [*SUMMED, *by_steps()]
+    return [setup for setup in known if not names or setup.name in names]
 
 
 def main() -> None:
-    """Print the table."""
+    """Run what is not in the cache, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("attacks", nargs="+")
-    parser.add_argument("--clients", type=int, nargs="+", default=[2, 8, 32])
-    parser.add_argument("--steps", type=int, nargs="+", default=[0])
-    parser.add_argument("--images", type=int, default=16)
-    parser.add_argument("--channel", default="secagg")
-    parser.add_argument("--model", default="convnet(width=8)")
-    parser.add_argument("--lr", type=float, default=0.05)
-    parser.add_argument("--data", default="photo-tiles")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--out", type=Path, default=Path("runs/leak-by-clients"))
+    parser.add_argument("--data", choices=["cifar10", "photo-tiles"], default="cifar10")
+    page = Path("docs/methods/under-secure-aggregation.md")
+    parser.add_argument("--page", type=Path, default=page)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{chosen.data}, {chosen.images} images a client, {chosen.channel}, seeds {chosen.seeds}")
-    head = f"{'clients':>8}{'steps':>7}{'leaked':>8}{'law sum':>10}{'law own':>10}{'seconds':>9}"
-    for attack in chosen.attacks:
-        print(f"\n{attack}\n{head}", flush=True)
-        for steps in chosen.steps:
-            for clients in chosen.clients:
-                setting = Setting(
-                    attack, clients, steps, chosen.images, chosen.channel,
-                    chosen.model, chosen.lr, chosen.data, 0,
-                )  # fmt: skip
-                print(line(setting, chosen.seeds), flush=True)
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for setup in chosen_setups(chosen.names):
+        points = CLIENTS if setup.axis == "clients" else STEPS
+        measured = {p: list(cell(setup.at(p), chosen.data, chosen.out)) for p in points}
+        rows.append(Row(setup, measured))
+    own, _ = pool(chosen.data)[1].batch(torch.arange(OWN))
+    if chosen.names:
+        return
+    absent = behind_secagg() - {row.setup.name for row in rows if row.setup.axis == "clients"}
+    write_page(chosen.page, rows, own.flatten(1), absent, chosen.data, COMMAND)
+    print(chosen.page)
 
 
 if __name__ == "__main__":

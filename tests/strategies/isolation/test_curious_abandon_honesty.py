@@ -8,11 +8,14 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
+import torch
 
 from fedsim.errors import ScenarioError
+from strategies.attacks.analytic.isolation.trap import firing_rate
 from tests.fedsim.small import federated
 from tests.strategies.isolation.trapped_federation import (
     Caught,
+    cifar,
     needs_cifar,
     plug_in_cifar,
     rounds,
@@ -75,6 +78,11 @@ def test_what_the_paper_counts(
     assert single[0] <= p <= single[1]
     assert recall[0] <= r <= recall[1]
     assert r >= alone - 0.02
+    if rows.startswith("scale="):
+        images = cifar().train.batch(torch.arange(5000), torch.float64)[0].flatten(1)
+        law = float(firing_rate(images, float(rows.removeprefix("scale="))).mean())
+        print(f"law of the rate {law:.4f}")
+        assert rate == pytest.approx(law, rel=0.1)
 
 
 # -- what comes back is what some row heard alone ------------------------------------------------

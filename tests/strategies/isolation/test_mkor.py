@@ -192,7 +192,10 @@ def test_every_pixel_lies_between_the_bounds_that_vgg_tells(side: int, padding: 
 
 def test_vgg_at_64_pixels_gives_back_coarse_images(tmp_path: Path) -> None:
     seen = read(tmp_path, "mkor", "vgg16(hidden=16)", {"data.dataset": "one-each(size=64)"})
-    assert 14 <= seen.psnr[1:].mean() <= 21
+    tiles = chosen(load_dataset("photo-tiles(size=64)").train, 10).train
+    images, _ = tiles.batch(torch.arange(10))
+    flat = -10 * images.var(dim=(1, 2, 3), correction=0).log10()  # each one's own mean
+    assert flat[1:].mean() + 0.8 <= seen.psnr[1:].mean() <= 21
 
 
 def test_dropout_silences_images_and_spoils_none(tmp_path: Path) -> None:

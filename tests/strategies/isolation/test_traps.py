@@ -87,6 +87,10 @@ def test_the_scale_that_leaks_most_nears_one_as_the_square_root_of_the_size() ->
 def test_no_independent_rows_recover_more_than_the_bound() -> None:
     bound = 1 - (1 - 0.01 * 0.99**99) ** 1000
     assert bound == pytest.approx(0.976, abs=1e-3)
+    fired = torch.rand(20, 1000, 100, generator=generator()) < 0.01
+    alone = fired & (fired.sum(dim=2, keepdim=True) == 1)
+    drawn = float(alone.any(dim=1).double().mean())
+    assert drawn == pytest.approx(bound, abs=0.01)
     best = max(
         expected_recall(torch.full((100,), p), 1000, 100) for p in torch.linspace(0.001, 0.05, 99)
     )

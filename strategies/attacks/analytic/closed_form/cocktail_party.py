@@ -97,9 +97,10 @@ class CocktailParty(Attack):
             "federation.clients": 2,
             "federation.local": "fedsgd(batch_size=8, lr=0.1)",
         },
+        # Seeds 1, 2 and 7 gave 26.1, 22.5 and 20.7, without priors 12.6 to 16.1.
         figure="leak.psnr.mean",
-        low=15.0,
-        high=35.0,
+        low=18.0,
+        high=32.0,
     )
 
     iterations: Annotated[int, Field(ge=1)] = 2500

@@ -99,6 +99,11 @@ class CuriousAbandonHonesty(Manipulation):
         published="1000 rows, batch 100, best s: images recovered (R) MNIST 0.54, CIFAR-10 0.54, "
         "ImageNet 0.457; active rows (A) / of one image (P) on CIFAR-10 0.729 / 0.412; an honest "
         "Gaussian layer recovers 0.061 / 0.259 / 0.217 (Tables 1 and 4)",
+        measured="CIFAR-10, 1000 rows, ten batches of 100 in a federation, A / P / R: s = 0.95 "
+        "0.720 / 0.394 / 0.484 (whoever a row heard alone), s = 0.97 0.995 / 0.021 / 0.160; "
+        "an honest Gaussian layer R 0.201 (pytest -s -m slow "
+        "tests/strategies/isolation/test_curious_abandon_honesty.py -k paper).  81 of 256 photo "
+        "tiles, 78 exactly (fedsim run scenarios/curious_abandon_honesty.toml)",
     )
     needs: ClassVar[frozenset[Capability]] = frozenset(
         {
@@ -116,11 +121,12 @@ class CuriousAbandonHonesty(Manipulation):
             "data.dataset": "photo-tiles",
             "model.name": "mlp(hidden=[256])",
             "federation.clients": 8,
-            "federation.local": "fedsgd(batch_size=8, lr=0.1)",
+            "federation.local": "fedsgd(batch_size=32, lr=0.1)",
         },
+        # Of 256 images; seeds 0, 1 and 7 gave 112, 96 and 107, rows='gaussian' 68, 62 and 63.
         figure="leak.exact",
-        low=30.0,
-        high=60.0,
+        low=80.0,
+        high=130.0,
     )
 
     rows: Literal["trap", "quantile", "gaussian"] = "trap"

@@ -65,7 +65,8 @@ class ModelInconsistency(Manipulation):
     """Take one client's update out of a securely aggregated sum, and attack it with another attack.
 
     Threat model F, with a model for each client; more where ``then`` needs more.  Adds no
-    parameter.  For a sum of one client, and without secure aggregation, it changes nothing.
+    parameter.  Without secure aggregation there is nothing to take apart: the target's upload
+    comes alone.
 
     Parameters
     ----------
