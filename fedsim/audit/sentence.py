@@ -27,18 +27,17 @@ def verdict(
         sentences.append(f"This run is not whole: {stopped}.")
     if membership is not None:
         sentences.append(_who_has_it(membership))
-        return " ".join(sentences)
-    if leak is None:
+    elif leak is None:
         sentences.append(f"There is no leak to judge: {reason}.")
-        return " ".join(sentences)
-    sentences.append(_came_back(leak, criterion))
-    if leak.floor is not None:
-        sentences.append(_against_floor(leak))
-    if oracles:
-        given = " and ".join(oracles)
-        sentences.append(
-            f"The attack was given the true {given} by an oracle, which no real server has."
-        )
+    else:
+        sentences.append(_came_back(leak, criterion))
+        if leak.floor is not None:
+            sentences.append(_against_floor(leak))
+        if oracles:
+            given = " and ".join(oracles)
+            sentences.append(
+                f"The attack was given the true {given} by an oracle, which no real server has."
+            )
     if any(one.refused for one in refusals):
         sentences.append(f"{capitalized(refused(refusals))}.")
     return " ".join(sentences)

@@ -119,7 +119,7 @@ def _report(
         oracles=threat_model.oracles,
         failed=failed,
         stopped=stopped,
-        refusals=federation.refusals,
+        refusals=() if run.refused else federation.refusals,  # or they are the reason
     )
     data = _data(run)
     return Report(

@@ -259,6 +259,7 @@ def test_a_refused_round_costs_that_round_only(tmp_path: Path) -> None:
     assert all(v.startswith("refused") == (round == 1) for (round, _), v in verdicts.items())
     assert report["federation"]["rounds_done"] == 3
     assert len(report["federation"]["failures"]) == 4
+    assert report["verdict"].endswith("made no attack. 4 of 4 clients refused in round 1.")
 
 
 def test_those_who_do_not_refuse_are_attacked(tmp_path: Path) -> None:
