@@ -55,8 +55,7 @@ def _reconstruct(parts: Parts, attack: Attack, folder: RunFolder, into: RunFolde
     told = reconstructions.Facts(
         expression=parts.scenario.attack,
         name=attack.name,
-        paper=f"{attack.paper.authors}: {attack.paper.title}, {attack.paper.venue} "
-        f"{attack.paper.year}",
+        paper=attack.paper.cited(),
         used=tuple(sorted({c.value for c in knowledge.used} | used_in_crafting(folder))),
         oracles=tuple(sorted(knowledge.oracles_used)),
         view_labels=tuple(fact["label"] for fact in facts),

@@ -29,6 +29,10 @@ class Paper:
     published: str = ""
     measured: str = ""
 
+    def cited(self) -> str:
+        """Return authors, title, venue and year in a line."""
+        return f"{self.authors}: {self.title}, {self.venue} {self.year}"
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -92,7 +96,8 @@ class Setting:
     """The federation that a scenario asks for, for checks before it runs.
 
     ``model`` has its initial weights.  ``clients`` are its own, of which ``cohort`` train in a
-    round; ``examples`` is how many each holds; ``batchnorm`` the scenario's policy.
+    round; ``examples`` is how many each holds; ``batchnorm`` the scenario's policy; ``sybils`` are
+    the attacker's own devices; ``here`` says whether clients run on this machine.
     """
 
     model: nn.Module
@@ -102,6 +107,8 @@ class Setting:
     training: TrainingDetails
     batchnorm: str
     channel: "Channel"
+    sybils: int = 0
+    here: bool = True
 
     @property
     def uploads(self) -> list[int]:

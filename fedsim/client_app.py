@@ -14,7 +14,16 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from torch import nn
@@ -22,7 +31,7 @@ from torch import nn
 from fedsim import seeds
 from fedsim.audit.vault import VaultRecord, deposit
 from fedsim.data import DataSpec, Split, load_dataset
-from fedsim.defense import REFUSED, Batch, ClientContext, Defense, Tensors
+from fedsim.defense import REFUSED, Batch, ClientContext, Defense, Refusal, Tensors, Verdict
 from fedsim.local import LocalData
 from fedsim.models import build_model, load_arrays, uploaded_names
 from fedsim.parts import Parts
@@ -31,6 +40,7 @@ from fedsim.population import ADDRESS, node_of
 from fedsim.scenario import Scenario
 
 STORE = "defense-store"
+Verdicts = dict[str, Verdict]  # by how a refusal begins
 
 
 def vault_root(context: Context) -> Path:
@@ -64,7 +74,11 @@ def logical_client(msg: Message, context: Context, call_next: ClientAppCallable)
         entropy=entropy,
     )  # fmt: skip
     with seeds.seeded_globals(secret.initial_seed()):  # SecAgg+ rounds with numpy's global stream
-        reply = call_next(msg, own)
+        try:
+            reply = call_next(msg, own)
+        except Refusal as refusal:  # of this round it remembers nothing
+            msg.metadata.dst_node_id = host
+            return Message(Error(REFUSED, str(refusal)), reply_to=msg)
     msg.metadata.dst_node_id = host
     for name, record in own.state.items():
         context.state[prefix + name] = record
@@ -162,14 +176,17 @@ def _respond(
     data = LocalData(split, parts.device, parts.dtype)
     ctx = _defense_context(parts, context, server_round, len(data))
     ctx.model = own[0]
-    probe = parts.local.probe(data, ctx)
-    checks = _inspect(model, defenses, probe, ctx, vault_root(context))
+    verdicts = _inspect(model, defenses, parts.local.probe(data, ctx), ctx)
+    _refuse(verdicts, ctx, vault_root(context))
+    before = _before(model, defenses)
     trainee = _wrapped(model, defenses, ctx)
     public = seeds.derive(parts.scenario.seed, "training", ctx.client, server_round)
     with seeds.seeded_globals(public):  # dropout
         pull = cast(float, config.get("proximal-mu", 0.0))
         trained = parts.local.train(trainee, data, defenses, ctx, pull)
     upload = _upload(trainee, trained.upload, names)
+    verdicts |= _inspect_update(before, upload, data.batch(trained.indices), defenses, ctx)
+    _refuse(verdicts, ctx, vault_root(context))
     if parts.channel.masks:
         places = places_in(msg.content)
         upload = {name: whole(tensor, places.get(name)) for name, tensor in upload.items()}
@@ -177,7 +194,7 @@ def _respond(
         record = _record(parts, ctx, split, trained.indices, defenses)
         if parts.attack is not None and parts.channel.masks:
             record = dataclasses.replace(record, upload=upload)
-        deposit(vault_root(context), dataclasses.replace(record, checks=checks))
+        deposit(vault_root(context), dataclasses.replace(record, **_told(verdicts)))
         _remember(context, ctx.store)
     content = RecordDict(
         {
@@ -202,29 +219,61 @@ def _own_model(parts: Parts, config: ConfigRecord) -> tuple[str, DataSpec, torch
 
 
 def _inspect(
-    model: nn.Module, defenses: tuple[Defense, ...], probe: Batch, ctx: ClientContext, vault: Path
-) -> dict[str, float]:
-    """Let each defense look at a copy of the model received; return what they measured.
+    model: nn.Module, defenses: tuple[Defense, ...], probe: Batch, ctx: ClientContext
+) -> Verdicts:
+    """Let each defense look at a copy of the model received, whatever the others think of it."""
+    received = {name: p.detach() for name, p in model.state_dict().items()}
+    return {
+        f"{d.name} refused the model": d.inspect(copy.deepcopy(model), received, probe, ctx)
+        for d in defenses
+        if type(d).inspect is not Defense.inspect
+    }
+
+
+def _before(model: nn.Module, defenses: tuple[Defense, ...]) -> Tensors:
+    """Return a copy of the model received, for who will compare; training changes the model."""
+    if all(type(d).inspect_update is Defense.inspect_update for d in defenses):
+        return {}
+    return {name: p.detach().clone() for name, p in model.state_dict().items()}
+
+
+def _inspect_update(
+    before: Tensors, upload: Tensors, used: Batch, defenses: tuple[Defense, ...], ctx: ClientContext
+) -> Verdicts:
+    """Let each defense look at what would be sent, as its reader would."""
+    update = upload
+    if before and ctx.plan.kind == "weights":
+        update = {name: sent.double() - before[name].double() for name, sent in upload.items()}
+    return {
+        f"{d.name} refused to send the update": d.inspect_update(before, update, used, ctx)
+        for d in defenses
+        if type(d).inspect_update is not Defense.inspect_update
+    }
+
+
+def _refuse(verdicts: Verdicts, ctx: ClientContext, vault: Path) -> None:
+    """Refuse where any verdict does, and tell the auditor what all of them said.
 
     Raises
     ------
-    PermissionError
-        If one of them refuses it; the auditor is told as well.
+    Refusal
+        Saying who refused, and why.
     """
-    received = {name: p.detach() for name, p in model.state_dict().items()}
-    checks: dict[str, float] = {}
-    for defense in defenses:
-        if type(defense).inspect is Defense.inspect:
-            continue
-        verdict = defense.inspect(copy.deepcopy(model), received, probe, ctx)
-        checks.update(verdict.checks)
-        if not verdict.accept:
-            reason = f"{defense.name} {REFUSED} model: {verdict.reason}"
-            nothing = torch.empty(0, dtype=torch.int64)
-            refusal = VaultRecord(ctx.client, ctx.round, torch.empty(0, 0, 0, 0), nothing, nothing)
-            deposit(vault, dataclasses.replace(refusal, refused=reason, checks=checks))
-            raise PermissionError(reason)
-    return checks
+    why = [f"{refusal}: {v.reason}" for refusal, v in verdicts.items() if not v.accept]
+    if why:
+        nothing = torch.empty(0, dtype=torch.int64)
+        record = VaultRecord(ctx.client, ctx.round, torch.empty(0, 0, 0, 0), nothing, nothing)
+        told = _told(verdicts)
+        deposit(vault, dataclasses.replace(record, refused="; ".join(why), **told))
+        raise Refusal("; ".join(why))
+
+
+def _told(verdicts: Verdicts) -> dict[str, Any]:
+    """Return what the auditor is told of verdicts; a later measurement replaces an earlier."""
+    return {
+        "checks": {name: score for v in verdicts.values() for name, score in v.checks.items()},
+        "remarks": [v.reason for v in verdicts.values() if v.accept and v.reason],
+    }
 
 
 def _wrapped(model: nn.Module, defenses: tuple[Defense, ...], ctx: ClientContext) -> nn.Module:

@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fedsim.attack import Paper, ToyCase
+from fedsim.attack import Paper, Setting, ToyCase
 
 Place = Literal["gradient", "update"]
-#: How a client's failure reads when it refused what the server sent or asked.
-REFUSED = "refused the"
+#: The error code of a client that refused what the server sent or asked; Flower's own end at 8.
+REFUSED = 1001
 Tensors = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor]
 
@@ -101,9 +101,17 @@ class ClientContext:
         return self.effects.setdefault(defense.name, Effect())
 
 
+class Refusal(Exception):  # noqa: N818 - a client's answer, not its error
+    """A client will not train on what it was sent, or send what came of it."""
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """What a client thinks of a model it received."""
+    """What a client thinks of a model it received, or of the update that came of it.
+
+    ``checks`` are scores by name.  ``reason`` says why it refuses, or what it could not decide: a
+    refusal's goes to the server, the other to the auditor alone.
+    """
 
     accept: bool
     checks: Mapping[str, float] = field(default_factory=dict)
@@ -129,11 +137,16 @@ class Defense:
     toy: ClassVar[ToyCase]
     #: Whether this defense must change uploads; a detector or a data defense need not.
     changes_upload: ClassVar[bool] = True
+    #: Whether its guarantee is of a sum over clients: there is none where uploads are read singly.
+    of_sums: ClassVar[bool] = False
     #: Rank in the fixed order data -> model -> gradient -> clip -> noise -> sparsify -> quantize.
     rank: ClassVar[int] = 0
 
     def check(self, model: nn.Module, kind: str) -> None:
         """Refuse a model or an upload kind that this defense cannot act on (``ValueError``)."""
+
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse a federation in which this defense cannot act as it says (``ValueError``)."""
 
     def inspect(
         self, model: nn.Module, received: Tensors, probe: Batch, ctx: ClientContext
@@ -149,6 +162,25 @@ class Defense:
         probe : tuple of Tensor
             The client's first batch of this round, images ``[B, C, H, W]`` and labels ``[B]``: its
             gradient is what the client would upload (FedSGD) or do first (FedAvg).
+        ctx : ClientContext
+        """
+        return Verdict(accept=True)
+
+    def inspect_update(
+        self, received: Tensors, update: Tensors, used: Batch, ctx: ClientContext
+    ) -> Verdict:
+        """Accept or refuse to send an update, after training and everything else.
+
+        Parameters
+        ----------
+        received : dict of str to Tensor
+            The model's parameters and buffers, as received.
+        update : dict of str to Tensor
+            What would be sent, as who reads it would: the gradient (FedSGD), or what would be sent
+            minus ``received``, in float64 (FedAvg).
+        used : tuple of Tensor
+            All examples that it was computed on, as the client holds them: images ``[N, C, H, W]``
+            and labels ``[N]``.
         ctx : ClientContext
         """
         return Verdict(accept=True)
@@ -204,8 +236,12 @@ class Defense:
         return None
 
 
-def guarantees(defenses: Sequence[Defense], plan: TrainingPlan) -> dict[str, Privacy]:
+def guarantees(
+    defenses: Sequence[Defense], plan: TrainingPlan, *, sums: bool = False
+) -> dict[str, Privacy]:
     """Return the formal guarantees of a chain, by defense; each covers all that is uploaded.
+
+    ``sums`` says whether the channel lets the server read nothing but sums over clients.
 
     A norm bound (clipping) holds until a later defense voids it.  FedSGD uploads the gradient it
     trains on, so that the bound goes on from one hook to the other; FedAvg's update is many steps.
@@ -219,5 +255,5 @@ def guarantees(defenses: Sequence[Defense], plan: TrainingPlan) -> dict[str, Pri
         for defense in defenses:
             entering[defense.name][place] = bound
             bound = defense.norm_bound(place, bound)
-    found = {d.name: d.privacy(plan, entering[d.name]) for d in defenses}
+    found = {d.name: d.privacy(plan, entering[d.name]) for d in defenses if sums or not d.of_sums}
     return {name: privacy for name, privacy in found.items() if privacy is not None}

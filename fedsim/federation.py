@@ -297,6 +297,7 @@ class Refereed(Wrapper):
         with seeds.seeded_globals(seeds.derive(self.seed, "cohort", server_round)):
             messages = list(self.inner.configure_train(server_round, arrays, config, grid))
         self.sent = {message.metadata.dst_node_id: message for message in messages}
+        self.ledger.asked[server_round] = [client_of(node) for node in self.sent]
         return messages
 
     def aggregate_train(

@@ -28,6 +28,18 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def unwritable(folder: Path) -> str | None:
+    """Say why a folder cannot be written to, or made; leave nothing behind."""
+    there = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
+    probe = there / f".fedsim-{os.getpid()}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, indented, without NaN (JSON has none)."""
     write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")

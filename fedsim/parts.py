@@ -1,6 +1,5 @@
 """A scenario's components, built and checked against each other before any client trains."""
 
-import os
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -16,6 +15,7 @@ from fedsim.data import DataSet, DataSpec, load_dataset, partition
 from fedsim.defense import Defense, TrainingPlan, guarantees
 from fedsim.errors import ScenarioError
 from fedsim.federation import build_strategy, least_share, unfit_strategy
+from fedsim.files import unwritable
 from fedsim.local import Local
 from fedsim.models import initial_model, is_buffer, travelling
 from fedsim.scenario import Scenario
@@ -128,8 +128,10 @@ def _spec(expression: str) -> DataSpec:
     return load_dataset(expression).spec
 
 
-def check(parts: Parts) -> None:
+def check(parts: Parts, *, here: bool = True) -> None:
     """Refuse, before any client trains, whatever cannot run or would silently do nothing.
+
+    ``here`` says whether clients are going to run on this machine.
 
     Raises
     ------
@@ -150,7 +152,7 @@ def check(parts: Parts) -> None:
         except ValueError as error:
             raise ScenarioError(key, component.name, str(error)) from error
     _check_statistics(parts, model)
-    _check_setting(parts, model)
+    _check_setting(parts, model, here)
     empty = [client for client, indices in enumerate(parts.partitions) if not len(indices)]
     if empty:
         remedy = f"client {empty[0]} (and {len(empty) - 1} more) would hold no example"
@@ -171,7 +173,7 @@ def _check_statistics(parts: Parts, model: nn.Module) -> None:
     if policy == "private":
         return
     plan = parts.local.plan(len(parts.partitions[0]), parts.scenario.federation.rounds)
-    if promising := sorted(guarantees(parts.defenses, plan)):
+    if promising := sorted(guarantees(parts.defenses, plan, sums=parts.channel.aggregates)):
         remedy = f"the statistics bypass {promising[0]} and void its guarantee; use 'frozen'"
         raise ScenarioError("model.batchnorm", policy, f"{remedy} or 'private'")
 
@@ -231,10 +233,8 @@ def _check_adversary(parts: Parts) -> None:
         raise ScenarioError("threat-model", scenario.threat_model, remedy)
 
 
-def _check_setting(parts: Parts, model: nn.Module) -> None:
+def _check_setting(parts: Parts, model: nn.Module, here: bool) -> None:
     federation = parts.scenario.federation
-    if parts.attack is None:
-        return
     setting = Setting(
         model=model,
         clients=federation.clients,
@@ -243,13 +243,16 @@ def _check_setting(parts: Parts, model: nn.Module) -> None:
         training=parts.local.details(),
         batchnorm=parts.scenario.model.batchnorm,
         channel=parts.channel,
+        sybils=parts.sybils,
+        here=here,
     )
-    try:
-        parts.attack.check_setting(setting)
-    except ScenarioError:
-        raise
-    except ValueError as error:
-        raise ScenarioError("attack", parts.scenario.attack, str(error)) from error
+    for key, component in _fitting(parts):
+        try:
+            component.check_setting(setting)
+        except ScenarioError:
+            raise
+        except ValueError as error:
+            raise ScenarioError(key, getattr(parts.scenario, key), str(error)) from error
 
 
 def _check_known(parts: Parts) -> None:
@@ -265,8 +268,12 @@ def _check_known(parts: Parts) -> None:
 def _check_order(defenses: tuple[Defense, ...], text: str) -> None:
     for first, second in pairwise(defenses):
         if first.rank > second.rank:
-            remedy = f"{second.name} must come before {first.name} (clip, noise, sparsify, quantize"
-            raise ScenarioError("defenses", text, remedy + ": any other order breaks a guarantee)")
+            remedy = f"{second.name} must come before {first.name}: "
+            if second.changes_upload:
+                remedy += "clip, noise, sparsify, quantize; any other order breaks a guarantee"
+            else:
+                remedy += "checks look at what was received before the rest acts"
+            raise ScenarioError("defenses", text, remedy)
     names = [defense.name for defense in defenses]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ScenarioError("defenses", text, f"{min(twice)} stands there twice")
@@ -291,11 +298,6 @@ def check_writable(folder: Path) -> None:
     ScenarioError
         Naming ``output.dir``.
     """
-    there = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
-    probe = there / f".fedsim-{os.getpid()}"
-    try:
-        probe.mkdir()
-        probe.rmdir()
-    except OSError as error:
-        remedy = f"cannot be written to: {error.strerror}; name another folder"
-        raise ScenarioError("output.dir", str(folder), remedy) from error
+    if reason := unwritable(folder):
+        remedy = f"cannot be written to: {reason}; name another folder"
+        raise ScenarioError("output.dir", str(folder), remedy)

@@ -44,14 +44,33 @@ class Ledger:
     round_seconds: list[float] = field(default_factory=list)
     rounds_aggregated: int = 0
 
+    asked: dict[int, list[int]] = field(default_factory=dict)  # by round: who was sent something
+
     def only_refusals(self) -> bool:
         """Say whether clients refused, and nothing else went wrong with any of them."""
         known = [failure for failure in self.failures if failure["client"] is not None]
-        return bool(known) and all(REFUSED in str(failure["reason"]) for failure in known)
+        return bool(known) and all(failure["refused"] for failure in known)
 
-    def fail(self, client: int | None, reason: str) -> None:
-        """Note that a client took no part in this round, and why."""
-        self.failures.append({"round": self.round, "client": client, "reason": reason})
+    def refusals(self, clients: int) -> list[dict[str, int]]:
+        """Return how many clients were asked in each round, and how many of them refused.
+
+        The federation's own ``clients`` count, and not the attacker's sybils after them.
+        """
+        refused = {(f["round"], f["client"]) for f in self.failures if f["refused"]}
+        return [
+            {
+                "round": server_round,
+                "asked": sum(client < clients for client in asked),
+                "refused": sum((server_round, client) in refused for client in asked),
+            }
+            for server_round, asked in self.asked.items()
+        ]
+
+    def fail(self, client: int | None, reason: str, *, refused: bool = False) -> None:
+        """Note that a client took no part in this round, why, and whether it was its own choice."""
+        self.failures.append(
+            {"round": self.round, "client": client, "reason": reason, "refused": refused}
+        )
 
 
 class Tap(Protocol):
@@ -183,7 +202,8 @@ class Population(GridWrapper):
     def _receive(self, asked: Message, reply: Message) -> Message | None:
         client = client_of(asked.metadata.dst_node_id)
         if reply.has_error():
-            self.ledger.fail(client, _plain_reason(reply.error.reason or "it gave no reason"))
+            reason = _plain_reason(reply.error.reason or "it gave no reason")
+            self.ledger.fail(client, reason, refused=reply.error.code == REFUSED)
             return None
         content = reply.content
         self.ledger.bytes_up += _bytes(content)

@@ -52,7 +52,7 @@ def attack_again(
         if attack is None:
             raise ScenarioError("attack", expression, "name an attack; see fedsim list attacks")
         _check_capture(parts, run)
-        check(parts)
+        check(parts, here=False)  # no client is going to run
         run.gather_vault()
         into = _folder(run, parts, changes, expression, command)
     reconstruct(parts, attack, run, into)

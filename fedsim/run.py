@@ -63,7 +63,8 @@ def run(scenario: Scenario, grid: Grid, context: Context, folder: RunFolder) -> 
 def federate(parts: Parts, grid: Grid, context: Context, folder: RunFolder) -> bool:
     """Train; the server in its role saves what it sees; ``federation.json`` says what happened.
 
-    Returns whether anything reached the server: not where every client refused in every round.
+    Returns whether anything reached the server: not where clients refused, all or so many that
+    secure aggregation halted, in every round.
     """
     scenario = parts.scenario
     role, receipts, knowledge = _server(parts, folder)
@@ -87,7 +88,7 @@ def federate(parts: Parts, grid: Grid, context: Context, folder: RunFolder) -> b
         accuracy["baseline_after"] = _baseline(parts, grid, folder)
     folder.write("federation.json", history.facts(accuracy))
     folder.event("federated", rounds=len(history.ledger.round_seconds))
-    if refused := _all_refused(parts, history.ledger, folder):
+    if refused := _only_refused(parts, history.ledger, folder):
         folder.event("refused", rounds=len(history.ledger.round_seconds))
     return not refused
 
@@ -106,8 +107,8 @@ def _manipulation(parts: Parts, role: Any, honest: float | None) -> dict[str, An
     return manipulation_facts(role.honest, sent, honest, measure)
 
 
-def _all_refused(parts: Parts, ledger: Ledger, folder: RunFolder) -> bool:
-    """Say whether nothing of any client arrived because every one refused."""
+def _only_refused(parts: Parts, ledger: Ledger, folder: RunFolder) -> bool:
+    """Say whether nothing of any client arrived, for no other reason than that clients refused."""
     arrived = ledger.rounds_aggregated
     if parts.attack is not None:  # the upload of a sybil is nobody's
         arrived = len(SavedViews(folder.path / "views"))
@@ -263,7 +264,8 @@ class History:
         least: dict[str, Privacy] = {}
         for examples in {min(sizes), max(sizes)}:
             plan = self.parts.local.plan(examples, self.parts.scenario.federation.rounds)
-            for name, found in guarantees(self.parts.defenses, plan).items():
+            sums = self.parts.channel.aggregates
+            for name, found in guarantees(self.parts.defenses, plan, sums=sums).items():
                 if name not in least or found.epsilon > least[name].epsilon:
                     least[name] = found
         told = [{"name": name, **dataclasses.asdict(found)} for name, found in least.items()]
@@ -290,8 +292,8 @@ class History:
                 {"name": d.name, "must_change": d.changes_upload} for d in self.parts.defenses
             ],
             "privacy": self.privacy,
+            "refusals": ledger.refusals(federation.clients),
             "manipulation": self.manipulation,
-            "detection": [],
         }
 
 

@@ -22,7 +22,7 @@ def main(grid: Grid, context: Context) -> None:
     try:
         scenario = Scenario.from_flat(context.run_config)
         check_writable(output_dir(scenario))
-        check(Parts(scenario))
+        check(Parts(scenario), here=engine == "simulation")
     except ScenarioError as error:
         print(f"fedsim: refused: {error}", flush=True)
         raise

@@ -79,31 +79,29 @@ def finite_or_none(value: Any) -> float | None:
 
 
 def detections(records: Iterable[VaultRecord], federation: Mapping[str, Any]) -> list[Detection]:
-    """Return what clients thought of the models they were sent, as reported or as deposited."""
-    reported = federation.get("detection") or []
-    if not reported:
-        reported = [
-            {
-                "client": r.client,
-                "round": r.round,
-                "checks": r.checks,
-                "verdict": f"refused: {r.refused}" if r.refused else "accepted",
+    """Return what clients thought of what they were sent or asked, in order of client and round.
+
+    Deposits tell what was measured; a refusal stands among the failures too, and there alone where
+    the channel made it, or where a deposit is not here.
+    """
+    verdicts: dict[tuple[int, int], tuple[dict[str, float], str]] = {}
+    for record in records:
+        if record.checks or record.refused or record.remarks:
+            told = "; ".join(["accepted", *record.remarks])
+            said = f"refused: {record.refused}" if record.refused else told
+            checks = {
+                n: f for n, v in record.checks.items() if (f := finite_or_none(v)) is not None
             }
-            for r in records
-            if r.checks or r.refused
-        ]
+            verdicts[record.client, record.round] = checks, said
+    for failure in federation.get("failures") or []:
+        if failure.get("refused"):
+            key = failure["client"], failure["round"]
+            checks, said = verdicts.get(key, ({}, ""))
+            if not said.startswith("refused"):
+                verdicts[key] = checks, f"refused: {failure['reason']}"
     return [
-        Detection(
-            client=found["client"],
-            round=found["round"],
-            checks={
-                name: finite
-                for name, value in (found.get("checks") or {}).items()
-                if (finite := finite_or_none(value)) is not None
-            },
-            verdict=str(found.get("verdict") or ""),
-        )
-        for found in reported
+        Detection(client=client, round=server_round, checks=checks, verdict=said)
+        for (client, server_round), (checks, said) in sorted(verdicts.items())
     ]
 
 

@@ -28,7 +28,7 @@ class Federation(TypedDict, total=False):
     rounds_done: Count
     seconds: float
     round_seconds: list[float]
-    failures: list[dict[str, int | str | None]]
+    failures: list[dict[str, bool | int | str | None]]
     bytes_up: Count
     bytes_down: Count
     accuracy: dict[str, float | None]
@@ -37,7 +37,7 @@ class Federation(TypedDict, total=False):
     channel: dict[str, Any]
     defenses_expected: list[dict[str, Any]]
     privacy: list[dict[str, Any]]
-    detection: list[dict[str, Any]]
+    refusals: list[dict[str, Count]]
     manipulation: dict[str, float | int | None] | None
 
 
@@ -63,7 +63,7 @@ class Run:
 
     @property
     def refused(self) -> bool:
-        """Whether every client refused what it was sent or asked, in every round."""
+        """Whether nothing reached the server in any round because clients refused."""
         return any(event.get("event") == "refused" for event in self.events)
 
     def stopped(self) -> str | None:

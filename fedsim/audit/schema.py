@@ -125,11 +125,20 @@ class ThreatModel(_Part):
 
 
 class Failure(_Part):
-    """A client that did not answer as it should have."""
+    """A client that did not answer as it should have; or refused to."""
 
     round: int | None = None
     client: int | None = None
     reason: str
+    refused: bool = False
+
+
+class Refusals(_Part):
+    """How many clients were asked in a round, and how many of them refused."""
+
+    round: int
+    asked: int
+    refused: int
 
 
 class Accuracy(_Part):
@@ -150,6 +159,7 @@ class FederationPart(_Part):
     seconds: FiniteFloat | None = None
     round_seconds: list[FiniteFloat] = []
     failures: list[Failure] = []
+    refusals: list[Refusals] = []
     bytes_up: int | None = None
     bytes_down: int | None = None
     accuracy: Accuracy = Accuracy()
@@ -179,13 +189,16 @@ class AttackPart(_Part):
     expression: str
     name: str
     paper: str
-    seconds: FiniteFloat
-    gradient_evaluations: int
+    seconds: FiniteFloat | None
+    gradient_evaluations: int | None
     parameters_added: int
     bytes_added: int
     sent: Sent | None = Field(None, description="of a manipulation")
     receipts: list[str]
-    reconstruction: str = Field(description="the file under reconstructions/")
+    reconstruction: str | None = Field(
+        description="the file under reconstructions/; null where clients refused and left nothing "
+        "to reconstruct from"
+    )
     aggregated: bool = Field(description="the server saw sums over several clients only")
 
 
@@ -219,7 +232,7 @@ class DefensePart(_Part):
 
 
 class Detection(_Part):
-    """What one client thought of the model it was sent."""
+    """What one client thought of the model it was sent, or of what it was asked."""
 
     client: int
     round: int

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 from fedsim.audit.criterion import Criterion
-from fedsim.audit.schema import Leak, Membership
+from fedsim.audit.schema import Failure, Leak, Membership, Refusals
+
+_ROUNDS_SPOKEN = 3
 
 
 def verdict(
@@ -15,8 +17,9 @@ def verdict(
     oracles: Sequence[str] = (),
     failed: str | None = None,
     stopped: str | None = None,
+    refusals: Sequence[Refusals] = (),
 ) -> str:
-    """Say how much came back, against what a guess gets, and what flatters the figure."""
+    """Say how much came back, against what a guess gets, what flatters the figure, who refused."""
     sentences = []
     if failed:
         sentences.append(f"This run failed and its figures must not be believed: {failed}.")
@@ -24,19 +27,47 @@ def verdict(
         sentences.append(f"This run is not whole: {stopped}.")
     if membership is not None:
         sentences.append(_who_has_it(membership))
-        return " ".join(sentences)
-    if leak is None:
+    elif leak is None:
         sentences.append(f"There is no leak to judge: {reason}.")
-        return " ".join(sentences)
-    sentences.append(_came_back(leak, criterion))
-    if leak.floor is not None:
-        sentences.append(_against_floor(leak))
-    if oracles:
-        given = " and ".join(oracles)
-        sentences.append(
-            f"The attack was given the true {given} by an oracle, which no real server has."
-        )
+    else:
+        sentences.append(_came_back(leak, criterion))
+        if leak.floor is not None:
+            sentences.append(_against_floor(leak))
+        if oracles:
+            given = " and ".join(oracles)
+            sentences.append(
+                f"The attack was given the true {given} by an oracle, which no real server has."
+            )
+    if any(one.refused for one in refusals):
+        sentences.append(f"{capitalized(refused(refusals))}.")
     return " ".join(sentences)
+
+
+def nothing_came(refusals: Sequence[Refusals], failures: Sequence[Failure]) -> str:
+    """Say why nothing reached the server where clients refused."""
+    if all(one.refused == one.asked for one in refusals):
+        return "every client refused what it was sent or asked, and the server could read nothing"
+    # What happened to no client in particular happened to the channel.
+    ended = dict.fromkeys(one.reason.partition(":")[0] for one in failures if one.client is None)
+    return f"{' and '.join([refused(refusals), *ended])}; nothing reached the server"
+
+
+def refused(refusals: Sequence[Refusals]) -> str:
+    """Say how many clients refused, round by round where those are few."""
+    found = [one for one in refusals if one.refused]
+    if len(found) > _ROUNDS_SPOKEN:
+        most = max(found, key=lambda one: one.refused / one.asked)
+        return (
+            f"clients refused in {len(found)} of {len(refusals)} rounds, {most.refused} of "
+            f"{most.asked} at most"
+        )
+    told = [f"{one.refused} of {one.asked} clients refused in round {one.round}" for one in found]
+    return ", ".join(told)
+
+
+def capitalized(text: str) -> str:
+    """Return a text whose first letter is large, and the rest as it is."""
+    return text[:1].upper() + text[1:]
 
 
 def _who_has_it(found: Membership) -> str:

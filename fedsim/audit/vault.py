@@ -45,9 +45,11 @@ class VaultRecord:
     upload : dict of str to Tensor or None
         What was sent, as the client sent it, where it is kept.
     refused : str or None
-        Why the client refused the model, where it did; it then trained on nothing.
+        Why the client refused the model or to send its update, where it did; it then sent nothing.
     checks : mapping of str to float
-        What the client measured on the model it received.
+        What the client measured on the model it received, and on its update.
+    remarks : sequence of str
+        What checks that refused nothing had to say: what they could not decide.
     """
 
     client: int
@@ -59,6 +61,7 @@ class VaultRecord:
     upload: dict[str, Tensor] | None = None
     refused: str | None = None
     checks: Mapping[str, float] = field(default_factory=dict)
+    remarks: Sequence[str] = ()
 
 
 def deposit(root: Path, record: VaultRecord) -> Path:
@@ -199,6 +202,7 @@ def _pack(record: VaultRecord) -> bytes:
         "has_upload": record.upload is not None,
         "refused": record.refused,
         "checks": dict(record.checks),
+        "remarks": list(record.remarks),
     }
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return save(plain, metadata={"record": json.dumps(facts, sort_keys=True)})

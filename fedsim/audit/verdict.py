@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsim.attack import Reconstruction
+from fedsim.attack import Attack, Reconstruction
 from fedsim.audit import perceptual, receipts
 from fedsim.audit.aggregate import aggregation_cost
 from fedsim.audit.criterion import Criterion, parse_criterion
@@ -34,11 +34,12 @@ from fedsim.audit.schema import (
     Summary,
     ThreatModel,
 )
-from fedsim.audit.sentence import verdict
+from fedsim.audit.sentence import nothing_came, verdict
 from fedsim.audit.vault import VaultRecord
 from fedsim.data import DataSet, load_dataset, split_test
 from fedsim.errors import ScenarioError
 from fedsim.reconstructions import Facts
+from fedsim.registry import components
 from fedsim.threat import NAMES, THREAT_MODELS, Capability
 
 Saved = tuple[Reconstruction, Facts, Path]
@@ -109,7 +110,7 @@ def _report(
     defenses = receipts.defense_parts(records.values(), run.federation)
     stopped = run.stopped()
     failed = None if stopped else _failed(run, saved, bool(records), defenses)
-    threat_model = _threat_model(run, saved)
+    threat_model, federation = _threat_model(run, saved), _federation(run)
     sentence = verdict(
         criterion,
         finding.leak,
@@ -118,6 +119,7 @@ def _report(
         oracles=threat_model.oracles,
         failed=failed,
         stopped=stopped,
+        refusals=() if run.refused else federation.refusals,  # or they are the reason
     )
     data = _data(run)
     return Report(
@@ -129,7 +131,7 @@ def _report(
         notes=finding.notes,
         scenario=run.scenario,
         threat_model=threat_model,
-        federation=_federation(run),
+        federation=federation,
         attack=_attack(run, saved),
         defenses=defenses,
         detection=receipts.detections(records.values(), run.federation),
@@ -163,9 +165,8 @@ def _leak(
 ) -> tuple[Leak, list[Example]]:
     """Measure the leak, adding to ``notes`` what a reader should know; or say why not."""
     if saved is None and run.refused:
-        raise _NothingToJudge(
-            "every client refused what it was sent or asked, and the server could read nothing"
-        )
+        told = _federation(run)
+        raise _NothingToJudge(nothing_came(told.refusals, told.failures))
     if saved is None:
         honest = "the server was honest and made no attack"
         raise _NothingToJudge(honest if run.attack is None else "there is no reconstruction")
@@ -320,7 +321,7 @@ def _examples(
 
 def _threat_model(run: Run, saved: Saved | None) -> ThreatModel:
     letter = str(run.scenario.get("threat-model", "A"))
-    used = set(saved[1].used) if saved else set()
+    used = {*(saved[1].used if saved else ()), *(run.federation.get("used") or ())}
     if receipts.was_active(run.federation):
         used.add(Capability.MANIPULATION.value)
     return ThreatModel(
@@ -346,7 +347,12 @@ def _federation(run: Run) -> FederationPart:
         if key in Accuracy.model_fields
     }
     failures = [
-        Failure(round=f.get("round"), client=f.get("client"), reason=str(f.get("reason")))
+        Failure(
+            round=f.get("round"),
+            client=f.get("client"),
+            reason=str(f.get("reason")),
+            refused=bool(f.get("refused")),
+        )
         for f in found.get("failures") or []
     ]
     channel = kept.get("channel", {})
@@ -356,22 +362,42 @@ def _federation(run: Run) -> FederationPart:
 
 
 def _attack(run: Run, saved: Saved | None) -> AttackPart | None:
-    if saved is None:
-        return None
-    reconstruction, facts, path = saved
-    cost = reconstruction.cost
     told = run.federation.get("manipulation")
     sent = Sent(**told) if told else None
+    added: dict[str, Any] = {
+        "parameters_added": sent.parameters - sent.honest_parameters if sent else 0,
+        "bytes_added": sent.bytes - sent.honest_bytes if sent else 0,
+        "sent": sent,
+    }
+    if saved is None:
+        return _unfinished(run, added) if run.refused else None
+    reconstruction, facts, path = saved
     return AttackPart(
         expression=facts.expression,
         name=facts.name,
         paper=facts.paper,
-        seconds=cost.seconds,
-        gradient_evaluations=cost.gradient_evaluations,
-        parameters_added=sent.parameters - sent.honest_parameters if sent else 0,
-        bytes_added=sent.bytes - sent.honest_bytes if sent else 0,
-        sent=sent,
+        seconds=reconstruction.cost.seconds,
+        gradient_evaluations=reconstruction.cost.gradient_evaluations,
         receipts=list(reconstruction.receipts),
         reconstruction=path.name,
         aggregated=bool(facts.senders) and all(len(who) > 1 for who in facts.senders),
+        **added,
+    )
+
+
+def _unfinished(run: Run, added: dict[str, Any]) -> AttackPart | None:
+    """Return what there is to say of an attack that clients left nothing to reconstruct from."""
+    if run.attack is None:
+        return None
+    known = components("attack").get(run.attack.name)
+    return AttackPart(
+        expression=str(run.scenario["attack"]),
+        name=run.attack.name,
+        paper=known.paper.cited() if isinstance(known, type) and issubclass(known, Attack) else "",
+        seconds=None,
+        gradient_evaluations=None,
+        receipts=[],
+        reconstruction=None,
+        aggregated=False,
+        **added,
     )

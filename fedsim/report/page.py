@@ -9,6 +9,7 @@ from markupsafe import Markup
 from fedsim import registry
 from fedsim.audit.metrics import METRICS
 from fedsim.audit.schema import Leak, Report, Summary
+from fedsim.audit.sentence import capitalized
 from fedsim.report import figures, words
 from fedsim.report.pairs import Pairs
 from fedsim.report.style import STYLE
@@ -31,7 +32,7 @@ def render(report: Report, pairs: Pairs) -> str:
         "share": words.share,
         "arguments": words.arguments,
         "unbroken": words.unbroken,
-        "capitalize_first": lambda text: text[:1].upper() + text[1:],
+        "capitalize_first": capitalized,
     }
     times = report.federation.round_seconds
     channel = dict(report.federation.channel)
@@ -47,6 +48,8 @@ def render(report: Report, pairs: Pairs) -> str:
         capabilities=words.CAPABILITIES,
         aggregated=report.attack is not None and report.attack.aggregated,
         hides=_hides(name),
+        # The page shows the first few: of many clients, those who refused.
+        detection=sorted(report.detection, key=lambda d: not d.verdict.startswith("refused")),
         unmasked=[line for line in report.federation.receipts if line.startswith("unmasked")],
         channel_name=name,
         channel_figures={k: _short(v) for k, v in channel.items()},

@@ -40,7 +40,7 @@ def choose(folder: Path, report: Report) -> Pairs:
     The sample is drawn with the run's own seed, whatever the attack did: a fair impression where
     the worst leaks are none.
     """
-    if report.attack is None or not report.examples:
+    if report.attack is None or report.attack.reconstruction is None or not report.examples:
         return Pairs()
     matched = [example for example in report.examples if example.psnr is not None]
     worst = sorted(matched, key=lambda example: example.psnr or 0.0, reverse=True)[:SHOWN]

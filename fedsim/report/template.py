@@ -124,7 +124,9 @@ PAGE = """<!doctype html>
 no server has them in life.</p>
 {% endif %}
 <h3>What reached the server</h3>
-{% if unmasked %}
+{% if report.attack and not report.attack.reconstruction %}
+<p>Nothing: {{ report.leak_reason }}.</p>
+{% elif unmasked %}
 <p>The channel <strong>{{ channel_name }}</strong> should let the server read only sums over \
 several clients. This server broke its protocol and read single clients' uploads: \
 {{ unmasked | join(', ') }}.</p>
@@ -242,6 +244,8 @@ attack made. Of three, the one that leaks most by this run's criterion stands fo
 {% for line in federation.receipts + report.attack.receipts %}<li>{{ line }}</li>
 {% else %}<li>the attack left no receipt beside its reconstructions</li>{% endfor %}
 </ul>
+{% if not report.attack.reconstruction %}<p>{{ report.leak_reason | capitalize_first }}.</p>
+{% endif %}
 {% else %}<p>{{ report.leak_reason | capitalize_first }}.</p>{% endif %}
 <h3>Defenses</h3>
 {% if report.defenses %}
@@ -274,15 +278,20 @@ defense.epsilon.mechanism] | select | join(', ') }}</span>\
 {% else %}<p>None: clients uploaded what training gave.</p>{% endif %}
 {% if report.detection %}
 <h3>What clients thought of the models they were sent</h3>
+{% for one in federation.refusals if one.refused %}{% if loop.first %}<ul class="plain">
+{% endif %}
+<li>round {{ one.round }}: {{ one.refused }} of {{ one.asked }} clients refused</li>
+{% if loop.last %}</ul>
+{% endif %}{% endfor %}
 <div class="table" tabindex="0" role="region" aria-label="Detection">
 <table>
 <caption>Each client's checks on the model it received{% if report.detection | length > shown %} \
-(the first {{ shown }} of {{ report.detection | length }}; all are in report.json){% endif %}\
-</caption>
+({{ shown }} of {{ report.detection | length }}, refusals first; all are in report.json)\
+{% endif %}</caption>
 <thead><tr><th scope="col">Client</th><th scope="col">Round</th><th scope="col">Checks</th>\
 <th scope="col">Verdict</th></tr></thead>
 <tbody>
-{% for found in report.detection[:shown] %}
+{% for found in detection[:shown] %}
 <tr><th scope="row">{{ found.client }}</th><td>{{ found.round }}</td>\
 <td>{% for name, score in found.checks.items() %}{{ name }} {{ score | figure }}\
 {{ '' if loop.last else ', ' }}{% else %}–{% endfor %}</td><td>{{ found.verdict }}</td></tr>

@@ -41,7 +41,6 @@ from typing import cast
 from flwr.app import Array, ConfigRecord, Context, Error, Message, MessageType, RecordDict
 from flwr.client.mod.secure_aggregation.secaggplus_mod import SecAggPlusState
 from flwr.clientapp.typing import ClientAppCallable
-from flwr.common.constant import ErrorCode
 from flwr.common.secure_aggregation.secaggplus_constants import (
     RECORD_KEY_CONFIGS,
     RECORD_KEY_STATE,
@@ -105,8 +104,8 @@ def guarded(msg: Message, context: Context, answer: ClientAppCallable, rules: Ru
         return _answered(msg, context, answer, rules)
     except Refused as refusal:
         memory["refused"] = str(refusal)
-        reason = f"secagg(strict=True) {REFUSED} round: {refusal}"
-        return Message(Error(ErrorCode.MOD_FAILED_PRECONDITION, reason), reply_to=msg)
+        reason = f"secagg(strict=True) refused the round: {refusal}"
+        return Message(Error(REFUSED, reason), reply_to=msg)
 
 
 def _answered(msg: Message, context: Context, answer: ClientAppCallable, rules: Rules) -> Message:

@@ -11,7 +11,8 @@ from clients.defenses.detection.consistency import Consistency, digest, disagree
 from fedsim.attack import ModelToSend
 from fedsim.defense import Tensors, Verdict
 from fedsim.engines.inline import run_inline
-from fedsim.errors import RunFailed
+from fedsim.errors import RunFailed, ScenarioError
+from fedsim.parts import Parts, check
 from tests.clients.one_update import context
 from tests.fedsim.small import Meddling, federated, meddling, plug_in, scenario
 from tests.fedsim.test_manipulation import Tailoring
@@ -83,6 +84,26 @@ def test_a_round_later_the_first_knows_too(tmp_path: Path) -> None:
 
 def test_with_witnesses_nobody_is_first(tmp_path: Path) -> None:
     assert [asked(tmp_path, k, witnesses=2).accept for k in range(4)] == [False, False, True, True]
+
+
+def test_the_reason_tells_the_server_no_count(tmp_path: Path) -> None:
+    reasons = {asked(tmp_path, client, witnesses=3).reason for client in range(3)}
+    assert reasons == {"too few others are known to have received the same"}
+
+
+def test_more_witnesses_than_a_round_has_are_refused(tmp_path: Path) -> None:
+    check(Parts(scenario(tmp_path, {"defenses": "consistency(witnesses=3)"})))
+    with pytest.raises(ScenarioError, match="4 clients train in a round: all would refuse"):
+        check(Parts(scenario(tmp_path, {"defenses": "consistency(witnesses=4)"})))
+
+
+def test_a_board_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    parts = Parts(scenario(tmp_path, {"defenses": "consistency(board='/proc/nope')"}))
+    with pytest.raises(ScenarioError, match="board /proc/nope cannot be written to"):
+        check(parts)
+    check(parts, here=False)  # the clients' machines may well have it
+    with pytest.raises(RuntimeError, match="board /proc/nope cannot be written to"):
+        asked(Path("/proc/nope"), 0)
 
 
 def test_a_client_that_asks_again_does_not_witness_for_itself(tmp_path: Path) -> None:

@@ -5,18 +5,26 @@ in an attack's own file cannot hide one in its detector.
 """
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from clients.defenses.detection.activity import Activity
 from clients.defenses.detection.d_snr import d_snr, layer_ratios
 from clients.defenses.detection.gradient_concentration import effective, in_the_top
 from clients.defenses.detection.judged import LARGEST, judged, over_the_rest
+from clients.defenses.detection.layers import unread
 from clients.defenses.detection.row_d_snr import moved_by_one, owned, row_scores
 from clients.defenses.detection.self_audit import batch_gradient, own_images_back
-from clients.defenses.detection.structure import alike, ladder, low_rank, parallel, structure
+from clients.defenses.detection.structure import (
+    Structure,
+    alike,
+    ladder,
+    low_rank,
+    parallel,
+    structure,
+)
 from clients.defenses.detection.transmit_snr import transmit_snr
 from clients.per_example import per_example_gradients
 from fedsim import seeds
@@ -28,6 +36,8 @@ from tests.clients.one_update import context
 from tests.fedsim.small import plain_gradient
 
 B = 64
+#: For checks that read arrays alone.
+BATCH_OF_NOTHING = torch.empty(0, 1, 1, 1), torch.empty(0, dtype=torch.int64)
 
 
 def arrays(model: nn.Module) -> Tensors:
@@ -36,6 +46,10 @@ def arrays(model: nn.Module) -> Tensors:
 
 def drawn(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def draws() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
 
 
 @pytest.fixture(scope="module")
@@ -198,18 +212,86 @@ def test_a_pass_through_kernel_is_as_large_as_a_ratio_can_be() -> None:
 def test_one_functional_for_all_rows_has_rank_one_and_nothing_but_duplicates() -> None:
     made = drawn(1, 1, 100).expand(64, -1).double() * torch.linspace(-1, 3, 64).unsqueeze(1)
     honest = drawn(2, 64, 100).double()
-    assert parallel(made) == 1
-    assert low_rank(made) == pytest.approx(1 - 1 / 64, abs=1e-6)
-    assert parallel(honest) == 0
-    assert low_rank(honest) < 0.3
-    assert low_rank(torch.eye(64).double()) == pytest.approx(0, abs=1e-9)
+    assert parallel(made, draws()) == 1
+    assert low_rank(made, draws()) == pytest.approx(1 - 1 / 64, abs=1e-6)
+    assert parallel(honest, draws()) == 0
+    assert low_rank(honest, draws()) < 0.3
+    assert low_rank(torch.eye(64).double(), draws()) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("at_once", [2**22, 2**16])
+def test_copies_in_a_large_layer_have_no_place_to_hide(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever a server puts them: the rows that are looked at are drawn in secret."""
+    monkeypatch.setattr("clients.defenses.detection.structure.AT_ONCE", at_once)
+    layer = drawn(7, 2048, 64).double()
+    for odd in (slice(1, None, 2), slice(0, None, 2), slice(1024, None)):
+        made = layer.clone()
+        made[odd] = made[odd.start]
+        assert parallel(made, draws()) == pytest.approx(0.5, abs=0.1)
+    pairs = layer.clone()  # each row has one twin, which is hardly ever drawn with it
+    pairs[1024:] = 3 * pairs[:1024]
+    assert parallel(pairs, draws()) == 1
+    assert parallel(layer, draws()) == 0
+
+
+def test_what_structure_looks_at_is_drawn_from_the_secret_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    large = {"weight": drawn(7, 4096, 16)}
+    large["weight"][:40] = 1.0
+    scores = set()
+    for key in ("11", "22", "33", "44"):
+        monkeypatch.setenv("FEDSIM_SECRET_KEY", key * 32)
+        verdict = Structure().inspect(nn.Identity(), large, BATCH_OF_NOTHING, context())
+        scores.add(verdict.checks["structure/duplicate-rows"])
+    assert len(scores) > 1
+
+
+def test_what_is_no_number_is_seen() -> None:
+    honest = {"weight": drawn(8, 64, 32), "bias": drawn(9, 64)}
+    assert structure(honest, draws())["not-finite"] == 0
+    for value in (-torch.inf, torch.nan):
+        killed = {**honest, "bias": honest["bias"].clone()}
+        killed["bias"][5] = value
+        found = structure(killed, draws())
+        assert found["not-finite"] == pytest.approx(1 / 64)
+        assert found["huge-bias"] == LARGEST
+        assert found["bias-ladder"] == pytest.approx(1 / 3, abs=0.15)
+    hiding = {"weight": honest["weight"].clone(), "bias": 1e6 * honest["bias"]}
+    hiding["weight"][5] = torch.inf  # would outweigh any bias
+    assert structure(hiding, draws())["huge-bias"] > 1e3
+    batch = torch.ones(2, 1, 4, 8), torch.zeros(2, dtype=torch.int64)
+    verdict = Structure(not_finite=0.0).inspect(nn.Identity(), killed, batch, context())
+    assert verdict.reason == "structure/not-finite above the limit"
+
+
+def test_values_where_no_check_reads_are_named() -> None:
+    flat = {
+        "weight": drawn(8, 64, 32),
+        "bias": drawn(9, 64),
+        "steps": torch.tensor(3),
+        "stored": drawn(10, 2048),
+        "coded": torch.arange(9),
+    }
+    assert unread(flat) == ["stored (not read)", "coded (not read)"]
+    verdict = Structure(zero_rows=0.1).inspect(nn.Identity(), flat, BATCH_OF_NOTHING, context())
+    assert verdict.accept
+    assert verdict.reason == "undecidable: stored (not read), coded (not read)"
+
+
+@pytest.mark.parametrize("name", ["mlp", "lenet", "lenet5", "cnn", "convnet", "resnet20"])
+def test_the_models_of_the_range_hide_nothing(name: str, tiles: DataSet) -> None:
+    assert unread(arrays(initial_model(name, tiles.spec, 1))) == []
 
 
 def test_drawn_biases_climb_by_chance_and_quantiles_evenly() -> None:
-    for draw in (drawn(3, 512), torch.rand(512), drawn(4, 512).exp()):
+    uniform = torch.rand(512, generator=draws())
+    for draw in (drawn(3, 512), uniform, drawn(4, 512).exp()):
         assert ladder(draw) == pytest.approx(1 / 3, abs=0.08)
     quantiles = torch.special.ndtri(torch.linspace(0, 1, 258)[1:-1])
-    assert ladder(quantiles[torch.randperm(256)]) > 0.9
+    assert ladder(quantiles[torch.randperm(256, generator=draws())]) > 0.9
     assert torch.tensor(ladder(torch.zeros(64))).isnan()
 
 
@@ -283,7 +365,7 @@ def test_an_imprint_is_invisible_by_layers_and_plain_by_rows_and_rank(
     rows, _, differences = row_scores(model, arrays(model), batch)
     assert rows < 0.1
     assert differences > 0.5
-    found = structure(arrays(model))
+    found = structure(arrays(model), draws())
     assert found["duplicate-rows"] == 1
     assert found["low-rank"] > 0.99
     assert found["equal-columns"] == 1
@@ -322,14 +404,15 @@ def test_the_audit_finds_what_an_imprint_gives_away(tiles: DataSet, batch: Batch
     psnr = own_images_back(arrays(model), batch_gradient(model, (images, batch[1])), images)
     assert psnr is not None
     assert float((psnr > 60).double().mean()) > 0.5
-    verdict = inspected("self-audit(images=0.2)", model, (images, batch[1]))
+    verdict = audited("self-audit(images=0.2)", model, (images, batch[1]))
     assert not verdict.accept
+    assert inspected("self-audit(images=0.2)", model, (images, batch[1])).accept
 
 
 def test_one_image_through_a_perceptron_is_refused_and_noise_would_save_it(tiles: DataSet) -> None:
     one = tiles.train.batch(torch.arange(1))
     model = initial_model("mlp", tiles.spec, 1)
-    assert not inspected("self-audit(refuse_above=20.0)", model, one).accept
+    assert not audited("self-audit(refuse_above=20.0)", model, one).accept
     gradient = batch_gradient(model, one)
     noised = {n: g + drawn(9, *g.shape) for n, g in gradient.items()}  # DP-SGD's sigma 1 at clip 1
     psnr = own_images_back(arrays(model), noised, one[0])
@@ -339,9 +422,20 @@ def test_one_image_through_a_perceptron_is_refused_and_noise_would_save_it(tiles
 
 def test_a_model_that_reads_no_image_is_undecidable(tiles: DataSet, batch: Batch) -> None:
     model = initial_model("lenet", tiles.spec, 1)
-    verdict = inspected("self-audit(refuse_above=20.0)", model, batch)
+    verdict = audited("self-audit(refuse_above=20.0)", model, batch)
     assert verdict.accept
     assert not verdict.checks
+    assert verdict.reason.startswith("undecidable: self-audit")
+
+
+def test_fedavgs_update_is_read_as_a_gradient_is(tiles: DataSet) -> None:
+    """One step of SGD: after - before is -lr times the gradient, whose ratios are the same."""
+    one = tiles.train.batch(torch.arange(1))
+    model = initial_model("mlp", tiles.spec, 1)
+    moved = {n: -0.05 * g.double() for n, g in batch_gradient(model, one).items()}
+    psnr = own_images_back(arrays(model), moved, one[0])
+    assert psnr is not None
+    assert float(psnr.max()) > 100
 
 
 # -- every detector ----------------------------------------------------------------------------
@@ -352,6 +446,13 @@ def inspected(expression: str, model: nn.Module, batch: Batch):  # type: ignore[
 
     defense: Defense = build("defense", expression, "defenses")
     return defense.inspect(copy.deepcopy(model), arrays(model), batch, context())
+
+
+def audited(expression: str, model: nn.Module, batch: Batch):  # type: ignore[no-untyped-def]
+    from fedsim.registry import build
+
+    defense: Defense = build("defense", expression, "defenses")
+    return defense.inspect_update(arrays(model), batch_gradient(model, batch), batch, context())
 
 
 DETECTORS = [
@@ -377,9 +478,27 @@ def test_a_detector_survives_a_model_that_holds_nan(
     model = imprinted(tiles, batch, units=16)
     with torch.no_grad():
         model[1].weight[0] = torch.nan  # type: ignore[index]
-    inspected(name, model, batch)
+    verdict = inspected(name, model, batch)
+    assert verdict.accept
+    assert all(math.isfinite(score) for score in verdict.checks.values())
+    # What reads gradients has none that is a number; what reads arrays says what it can.
+    if name in ("d-snr", "row-d-snr", "gradient-concentration"):
+        assert not verdict.checks
+        assert verdict.reason.startswith("undecidable")
+    if name == "self-audit":
+        assert "self-audit" not in verdict.checks
+    if name == "structure":
+        assert verdict.checks["structure/not-finite"] > 0
 
 
 def test_all_eight_are_registered() -> None:
-    assert Activity.name in DETECTORS
-    assert len(DETECTORS) >= 8
+    assert set(DETECTORS) >= {
+        "activity",
+        "consistency",
+        "d-snr",
+        "gradient-concentration",
+        "row-d-snr",
+        "self-audit",
+        "structure",
+        "transmit-snr",
+    }

@@ -14,6 +14,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsim.defense import REFUSED
 from fedsim.errors import RunFailed
 from fedsim.population import ADDRESS, Ledger, Population, client_of, node_of
 
@@ -283,4 +284,24 @@ def test_a_remote_traceback_is_told_in_its_last_line(tmp_path: Path) -> None:
 
     clientele = population(Broken({5: 0}), 1, tmp_path)
     assert not list(clientele.send_and_receive(to(clientele.get_node_ids())))
-    assert clientele.ledger.failures == [{"round": 1, "client": 0, "reason": "ValueError: no"}]
+    (failure,) = clientele.ledger.failures
+    assert failure == {"round": 1, "client": 0, "reason": "ValueError: no", "refused": False}
+
+
+def test_a_refusal_is_told_from_an_error_by_its_code_and_counted(tmp_path: Path) -> None:
+    class Refusing(Machines):
+        def _answer(self, message: Message) -> Message:
+            if message.metadata.message_type != "train":
+                return super()._answer(message)
+            return Message(Error(REFUSED, "not this model"), reply_to=message)
+
+    clientele = population(Refusing({5: 0}), 1, tmp_path)
+    clientele.ledger.asked = {1: [0, 1, 7], 2: [0]}
+    list(clientele.send_and_receive(to(clientele.get_node_ids())))
+    assert clientele.ledger.only_refusals()
+    assert clientele.ledger.refusals(2) == [
+        {"round": 1, "asked": 2, "refused": 1},
+        {"round": 2, "asked": 1, "refused": 0},
+    ]
+    clientele.ledger.fail(1, "it refused the cookies")
+    assert not clientele.ledger.only_refusals()

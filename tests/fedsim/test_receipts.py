@@ -98,7 +98,7 @@ class Suspicious(Defense):
         return Verdict(
             accept=ctx.client >= self.refusing,
             checks={"largest": float(max(t.abs().max() for t in received.values()))},
-            reason="too large a weight",
+            reason="too large a weight" if ctx.client < self.refusing else "",
         )
 
 

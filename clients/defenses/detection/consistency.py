@@ -33,9 +33,9 @@ from torch import nn
 from clients.defenses.detection.judged import judged
 from clients.defenses.toy import IMPRINTED
 from fedsim import seeds
-from fedsim.attack import Paper, ToyCase
+from fedsim.attack import Paper, Setting, ToyCase
 from fedsim.defense import Batch, ClientContext, Defense, Tensors, Verdict
-from fedsim.files import write_atomically
+from fedsim.files import unwritable, write_atomically
 from fedsim.registry import register
 
 
@@ -85,10 +85,12 @@ class Consistency(Defense):
         ctx: ClientContext,
     ) -> Verdict:
         """Post the hash, and return the scores ``consistency`` and ``consistency/before``."""
-        root = Path(self.board) if self.board else seeds.home() / "boards"
-        run = root / str(ctx.run_id)
+        run = self.root / str(ctx.run_id)
         own = digest(ctx.round, ctx.model, received)
-        post(run, ctx.round, ctx.client, own)
+        try:
+            post(run, ctx.round, ctx.client, own)
+        except OSError as error:
+            raise RuntimeError(f"board {self.root} cannot be written to: {error}") from error
         others = posted(run, ctx.round)
         del others[ctx.client]
         same = sum(one == own for one in others.values())
@@ -98,9 +100,24 @@ class Consistency(Defense):
         }
         verdict = judged(scores, dict.fromkeys(scores, self.refuse_above))
         if verdict.accept and same < self.witnesses:
-            few = f"{same} others received the same, {self.witnesses} are wanted"
+            few = "too few others are known to have received the same"
             return Verdict(accept=False, checks=verdict.checks, reason=few)
         return verdict
+
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse more witnesses than a round can have, and a board that cannot be written to."""
+        if self.witnesses >= setting.cohort:
+            raise ValueError(
+                f"witnesses={self.witnesses} others are wanted, and {setting.cohort} clients train "
+                f"in a round: all would refuse; let it be at most {setting.cohort - 1}"
+            )
+        if setting.here and (reason := unwritable(self.root)):
+            raise ValueError(f"board {self.root} cannot be written to: {reason}; name another")
+
+    @property
+    def root(self) -> Path:
+        """The folder in which every run has its own."""
+        return Path(self.board) if self.board else seeds.home() / "boards"
 
 
 def digest(server_round: int, model: str, received: Tensors) -> str:

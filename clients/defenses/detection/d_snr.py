@@ -22,10 +22,10 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import nn
 
-from clients.defenses.detection.judged import judged, largest, over_the_rest
+from clients.defenses.detection.judged import judged, largest, over_the_rest, refuse_single
 from clients.defenses.detection.layers import gradient_norms
 from clients.defenses.toy import IMPRINTED
-from fedsim.attack import Paper, ToyCase
+from fedsim.attack import Paper, Setting, ToyCase
 from fedsim.defense import Batch, ClientContext, Defense, Tensors, Verdict
 from fedsim.registry import register
 
@@ -73,6 +73,11 @@ class DSNR(Defense):
     ) -> Verdict:
         """Return the score ``d-snr``."""
         return judged({self.name: d_snr(model, probe)}, {self.name: self.refuse_above})
+
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse a limit where every client's batch is of one example."""
+        if self.refuse_above is not None:
+            refuse_single(self.name, setting)
 
 
 def d_snr(model: nn.Module, batch: Batch) -> float:

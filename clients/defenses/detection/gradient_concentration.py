@@ -19,9 +19,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from clients.defenses.detection.judged import judged
+from clients.defenses.detection.judged import judged, refuse_single
 from clients.defenses.detection.layers import gradient_norms
-from fedsim.attack import Paper, ToyCase
+from fedsim.attack import Paper, Setting, ToyCase
 from fedsim.defense import Batch, ClientContext, Defense, Tensors, Verdict
 from fedsim.registry import register
 
@@ -88,6 +88,11 @@ class GradientConcentration(Defense):
             scores[self.name] = 1 - least / len(probe[1])
         limits = dict(zip(scores, (self.refuse_above, self.coordinates), strict=True))
         return judged(scores, limits)
+
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse a limit on examples where every client's batch is of one."""
+        if self.refuse_above is not None:
+            refuse_single(self.name, setting)
 
 
 def effective(norms: Tensor) -> float:

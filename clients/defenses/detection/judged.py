@@ -3,13 +3,16 @@
 from collections.abc import Iterable, Mapping
 from math import isfinite
 
+from fedsim.attack import Setting
 from fedsim.defense import Verdict
 
 #: A ratio whose denominator is nothing: larger than any threshold, and still a number.
 LARGEST = 1e12
 
 
-def judged(scores: Mapping[str, float], limits: Mapping[str, float | None]) -> Verdict:
+def judged(
+    scores: Mapping[str, float], limits: Mapping[str, float | None], unread: Iterable[str] = ()
+) -> Verdict:
     """Return a verdict.
 
     Parameters
@@ -19,9 +22,11 @@ def judged(scores: Mapping[str, float], limits: Mapping[str, float | None]) -> V
         undecidable and left out.
     limits : mapping of str to float or None
         What is refused *above* this; None only reports.
+    unread : iterable of str
+        Arrays that the checks could not read.
 
     The reason names the checks and no score: it goes to the server, and scores are computed on
-    private images.
+    private images.  What is undecidable is named where there is a limit, or no score at all.
     """
     checks = {name: score for name, score in scores.items() if isfinite(score)}
     above = [
@@ -31,8 +36,9 @@ def judged(scores: Mapping[str, float], limits: Mapping[str, float | None]) -> V
     ]
     if above:
         return Verdict(accept=False, checks=checks, reason=f"{', '.join(above)} above the limit")
-    undecided = sorted(limits.keys() - checks.keys())
-    reason = f"undecidable here: {', '.join(undecided)}" if undecided else ""
+    wanted = {name for name, limit in limits.items() if limit is not None} if checks else {*limits}
+    undecided = [*sorted(wanted - checks.keys()), *unread]
+    reason = f"undecidable: {', '.join(undecided)}" if undecided else ""
     return Verdict(accept=True, checks=checks, reason=reason)
 
 
@@ -46,3 +52,12 @@ def over_the_rest(largest: float, total: float) -> float:
 def largest(scores: Iterable[float]) -> float:
     """Return the largest that is a finite number; NaN where none is."""
     return max((score for score in scores if isfinite(score)), default=float("nan"))
+
+
+def refuse_single(name: str, setting: Setting) -> None:
+    """Refuse a limit that could never decide (``ValueError``): all first batches are of one."""
+    if setting.training.batch_size == 1 or max(setting.examples) == 1:
+        raise ValueError(
+            f"{name} compares the examples of a batch, and every batch is of one: it would refuse "
+            "nothing; leave the limit out, or use a larger batch_size in federation.local"
+        )

@@ -24,6 +24,21 @@ def matrices(arrays: Tensors) -> Tensors:
     }
 
 
+def unread(arrays: Tensors) -> list[str]:
+    """Return the arrays in which values could lie that no check here reads, in the model's order.
+
+    Those of whole numbers, and those of one dimension that are longer than any weight has rows (a
+    bias, a norm's scale and its statistics are not).  No model that comes with the range has any.
+    """
+    rows = max((len(matrix) for matrix in matrices(arrays).values()), default=0)
+    return [
+        f"{name} (not read)"
+        for name, tensor in arrays.items()
+        if tensor.numel() > 1
+        and (not tensor.is_floating_point() or (tensor.ndim < 2 and len(tensor) > rows))
+    ]
+
+
 def linear(arrays: Tensors) -> Tensors:
     """Return the weights of linear layers, ``[rows, fan-in]``."""
     return {name: t for name, t in matrices(arrays).items() if arrays[name].ndim == 2}

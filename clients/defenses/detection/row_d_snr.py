@@ -24,11 +24,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from clients.defenses.detection.judged import judged, largest
-from clients.defenses.detection.layers import bias_of, classes_of, hidden, lengths
+from clients.defenses.detection.judged import judged, largest, refuse_single
+from clients.defenses.detection.layers import bias_of, classes_of, hidden, lengths, unread
 from clients.defenses.toy import IMPRINTED
 from clients.per_example import per_example_gradients
-from fedsim.attack import Paper, ToyCase
+from fedsim.attack import Paper, Setting, ToyCase
 from fedsim.defense import Batch, ClientContext, Defense, Tensors, Verdict
 from fedsim.registry import register
 
@@ -85,7 +85,12 @@ class RowDSNR(Defense):
             f"{self.name}/differences": self.differences,
         }
         scores = row_scores(model, received, probe)
-        return judged(dict(zip(limits, scores, strict=True)), limits)
+        return judged(dict(zip(limits, scores, strict=True)), limits, unread(received))
+
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse a limit where every client's batch is of one example."""
+        if any(limit is not None for limit in (self.rows, self.alone, self.differences)):
+            refuse_single(self.name, setting)
 
 
 def row_scores(model: nn.Module, received: Tensors, batch: Batch) -> tuple[float, float, float]:

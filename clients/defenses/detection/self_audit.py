@@ -1,21 +1,22 @@
 """Self-audit: the client attacks its own update before anybody else can.
 
-It computes the gradient of its first batch on the received model, reads it as the analytic attacks
-do, and compares what comes out with its own images, which no server can.  From each linear layer
-whose fan-in is a whole number of images, or of image planes (behind a pass-through):
+Before it sends an update, it reads it as the analytic attacks do, and compares what comes out with
+all images that it trained on, which no server can.  From each linear layer whose fan-in is a whole
+number of images, or of image planes (behind a pass-through):
 
     x = G_r / gb_r                             Phong et al. 2017; Boenisch et al. 2023
     x = (G_r - G_{r+1}) / (gb_r - gb_{r+1})    Fowl et al. 2022; neighbors by the received bias
     x = |G_r - G_{r+1}| / max |G_r - G_{r+1}|  Zhao et al. 2023: no bias is needed
 
 ``self-audit`` is the PSNR (dB) of the best candidate of all, ``self-audit/images`` the share of
-the batch that comes back at ``recognizable`` dB or better.  It needs no idea of how the server
+the images that come back at ``recognizable`` dB or better.  It needs no idea of how the server
 made its model, and finds honest models that leak too: the first layer of a perceptron on a small
 batch does.  It cannot read what needs a decoder of the server's (SEER, Scale-MIA) or another
 client's upload.
 
-What it audits is the update as training gives it: where later defenses add noise, it errs on the
-safe side.
+What it audits is the update as it would be sent, noise and all: the gradient (FedSGD), or what is
+sent minus what was received (FedAvg).  Before training it reads the gradient of the first batch,
+and refuses nothing by it: those scores stand where another check refuses the model.
 """
 
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from clients.defenses.detection.judged import judged
-from clients.defenses.detection.layers import bias_name, bias_of, linear
+from clients.defenses.detection.layers import bias_name, bias_of, linear, unread
 from clients.defenses.toy import RATIO_ATTACK
 from fedsim.attack import Paper, ToyCase
 from fedsim.defense import Batch, ClientContext, Defense, Tensors, Verdict
@@ -46,14 +47,14 @@ class SelfAudit(Defense):
     """Invert the would-be update with the analytic read-outs, and look for one's own images.
 
     Undecidable for a model without a linear layer that reads whole images or planes.  Costs one
-    batch gradient and ``rows x batch`` distances for each such layer.
+    batch gradient, and ``rows x images`` distances for each such layer.
 
     Parameters
     ----------
     refuse_above : float or None
-        Refuse a model from whose update an image comes back better than this, in dB.
+        Refuse to send an update from which an image comes back better than this, in dB.
     images : float or None
-        Refuse a model that gives away more than this share of the batch.
+        Refuse to send an update that gives away more than this share of its images.
     recognizable : float
         From how many dB on an image counts in ``images``.
     """
@@ -87,17 +88,32 @@ class SelfAudit(Defense):
         probe: Batch,
         ctx: ClientContext,  # noqa: ARG002
     ) -> Verdict:
-        """Return the scores ``self-audit`` (dB) and ``self-audit/images`` (share)."""
-        psnr = own_images_back(received, batch_gradient(model, probe), probe[0])
-        scores = {self.name: float("nan"), f"{self.name}/images": float("nan")}
+        """Return ``self-audit`` (dB) and ``self-audit/images`` (share) of the first batch."""
+        scores = self._scores(received, batch_gradient(model, probe), probe[0])
+        return Verdict(accept=True, checks=judged(scores, {}).checks)
+
+    def inspect_update(
+        self,
+        received: Tensors,
+        update: Tensors,
+        used: Batch,
+        ctx: ClientContext,  # noqa: ARG002
+    ) -> Verdict:
+        """Return ``self-audit`` (dB) and ``self-audit/images`` (share) of what would be sent."""
+        scores = self._scores(received, update, used[0])
+        limits = dict(zip(scores, (self.refuse_above, self.images), strict=True))
+        return judged(scores, limits, unread(received))
+
+    def _scores(self, received: Tensors, update: Tensors, images: Tensor) -> dict[str, float]:
+        psnr = own_images_back(received, update, images)
+        best = share = float("nan")
         if psnr is not None:
-            share = (psnr >= self.recognizable).double().mean()
-            scores = dict(zip(scores, (float(psnr.max()), float(share)), strict=True))
-        return judged(scores, dict(zip(scores, (self.refuse_above, self.images), strict=True)))
+            best, share = float(psnr.max()), float((psnr >= self.recognizable).double().mean())
+        return {self.name: best, f"{self.name}/images": share}
 
 
 def batch_gradient(model: nn.Module, batch: Batch) -> Tensors:
-    """Return the gradient of the mean loss: what FedSGD uploads and FedAvg begins with."""
+    """Return the gradient of the mean loss: what FedSGD begins with, and FedAvg too."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     loss = cross_entropy(model(batch[0]), batch[1])
     found = torch.autograd.grad(

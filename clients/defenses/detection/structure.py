@@ -20,6 +20,8 @@ does not.  Each check reads the arrays alone, by shape, and is the largest over 
                     made dead (Pasquini et al., CCS 2022)
 ``huge-bias``       the largest bias over the largest sum of a row's absolute weights, that is over
                     what inputs in [0, 1] can add to it at most
+``not-finite``      share of an array's values that are NaN or infinite: a bias of minus infinity
+                    kills a unit for good
 
 Nobody's paper measures its attack by all of these; the sources are the constructions themselves.
 An attacker who knows them draws a measurement of its own for each unit (duplicates, rank),
@@ -35,7 +37,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from clients.defenses.detection.judged import LARGEST, judged, largest
-from clients.defenses.detection.layers import bias_of, linear, matrices
+from clients.defenses.detection.layers import bias_of, linear, matrices, unread
 from clients.defenses.toy import IMPRINTED
 from fedsim.attack import Paper, ToyCase
 from fedsim.defense import Batch, ClientContext, Defense, Tensors, Verdict
@@ -48,8 +50,11 @@ PARALLEL = 0.999
 SHORT = 8
 # Fewer biases than this say nothing about how evenly they climb.
 LADDER = 16
-# Rows (columns) that are compared with each other, evenly taken: a product of so many is quick.
+# Rows (columns) that are compared with all: a product of so many is quick.  They are drawn in
+# secret, or a server could put its copies where nobody looks.
 COMPARED = 1024
+# Cosines held at once.
+AT_ONCE = 2**22
 
 
 @register("defense", "structure")
@@ -77,6 +82,8 @@ class Structure(Defense):
         Share of rows that are zero.
     huge_bias : float or None
         Largest bias over the largest sum of a row's absolute weights.
+    not_finite : float or None
+        Share of an array's values that are NaN or infinite; an honest model has none.
     """
 
     paper: ClassVar[Paper] = Paper(
@@ -104,16 +111,18 @@ class Structure(Defense):
     one_weight: Share | None = None
     zero_rows: Share | None = None
     huge_bias: Ratio | None = None
+    not_finite: Share | None = None
 
     def inspect(
         self,
         model: nn.Module,  # noqa: ARG002
         received: Tensors,
         probe: Batch,  # noqa: ARG002
-        ctx: ClientContext,  # noqa: ARG002
+        ctx: ClientContext,
     ) -> Verdict:
         """Return one score for each check, ``structure/<check>``."""
-        scores = {f"{self.name}/{check}": score for check, score in structure(received).items()}
+        found = structure(received, ctx.secret(self.name, ctx.round))
+        scores = {f"{self.name}/{check}": score for check, score in found.items()}
         limits = {
             f"{self.name}/duplicate-rows": self.duplicate_rows,
             f"{self.name}/equal-columns": self.equal_columns,
@@ -123,48 +132,67 @@ class Structure(Defense):
             f"{self.name}/one-weight": self.one_weight,
             f"{self.name}/zero-rows": self.zero_rows,
             f"{self.name}/huge-bias": self.huge_bias,
+            f"{self.name}/not-finite": self.not_finite,
         }
-        return judged(scores, limits)
+        return judged(scores, limits, unread(received))
 
 
-def structure(received: Tensors) -> dict[str, float]:
-    """Return every check's largest score over layers; NaN where no layer has one."""
+def structure(received: Tensors, drawn: torch.Generator) -> dict[str, float]:
+    """Return every check's largest score over layers; NaN where no layer has one.
+
+    ``drawn`` says which rows of a large layer are looked at.
+    """
     every = {name: weight.double() for name, weight in matrices(received).items()}
     dense = {name: every[name] for name in linear(received)}
     biases = {name: bias for name in every if (bias := bias_of(received, name)) is not None}
     found = {
-        "duplicate-rows": [parallel(w) for w in every.values()],
-        "equal-columns": [parallel(w.T) for w in dense.values()],
-        "low-rank": [low_rank(w) for w in every.values()],
+        "duplicate-rows": [parallel(w, drawn) for w in every.values()],
+        "equal-columns": [parallel(w.T, drawn) for w in dense.values()],
+        "low-rank": [low_rank(w, drawn) for w in every.values()],
         "bias-ladder": [ladder(bias) for bias in biases.values()],
         "row-sums": [alike(w.sum(dim=1)) for w in dense.values()],
         "one-weight": [one_weight(w) for w in dense.values()],
         "zero-rows": [float((w == 0).all(dim=1).double().mean()) for w in every.values()],
         "huge-bias": [over_weights(bias, every[name]) for name, bias in biases.items()],
+        "not-finite": [not_finite(tensor) for tensor in received.values() if tensor.numel()],
     }
     return {check: largest(scores) for check, scores in found.items()}
 
 
-def taken(weight: Tensor) -> Tensor:
-    """Return at most ``COMPARED`` rows that are numbers and not zero, evenly taken."""
-    rows = weight[(weight != 0).any(dim=1) & weight.isfinite().all(dim=1)]
-    step = -(-len(rows) // COMPARED) or 1
-    return rows[::step]
+def whole(weight: Tensor) -> Tensor:
+    """Return the rows that are numbers and not all zero."""
+    return weight[(weight != 0).any(dim=1) & weight.isfinite().all(dim=1)]
 
 
-def parallel(weight: Tensor) -> float:
-    """Return the share of nonzero rows that are parallel to another; NaN for short or few rows."""
-    rows = taken(weight)
+def taken(count: int, drawn: torch.Generator) -> Tensor:
+    """Return the places of at most ``COMPARED`` of so many rows: all, or some that are drawn."""
+    if count <= COMPARED:
+        return torch.arange(count)
+    return torch.randperm(count, generator=drawn)[:COMPARED]
+
+
+def parallel(weight: Tensor, drawn: torch.Generator) -> float:
+    """Return the share of nonzero rows that are parallel to another; NaN for short or few rows.
+
+    Of a large layer some are looked at, and compared with all.
+    """
+    rows = whole(weight)
     if len(rows) < 2 or rows.shape[1] < SHORT:
         return float("nan")
     unit = rows / rows.norm(dim=1, keepdim=True)
-    cosines = (unit @ unit.T).abs().fill_diagonal_(0)
-    return float((cosines.amax(dim=1) > PARALLEL).double().mean())
+    some = taken(len(rows), drawn).to(rows.device)
+    found = 0
+    for part in torch.split(some, max(1, AT_ONCE // len(rows))):
+        cosines = (unit[part] @ unit.T).abs()
+        cosines[torch.arange(len(part), device=part.device), part] = 0
+        found += int((cosines.amax(dim=1) > PARALLEL).sum())
+    return found / len(some)
 
 
-def low_rank(weight: Tensor) -> float:
+def low_rank(weight: Tensor, drawn: torch.Generator) -> float:
     """Return 1 minus the participation rank over the possible rank; NaN for narrow layers."""
-    rows = taken(weight)
+    rows = whole(weight)
+    rows = rows[taken(len(rows), drawn).to(rows.device)]
     possible = min(weight.shape[0], weight.shape[1], COMPARED)
     if possible < SHORT or not len(rows):
         return float("nan")
@@ -178,6 +206,7 @@ def ladder(bias: Tensor) -> float:
 
     NaN for few biases, and where hardly two differ (all zero at the start).
     """
+    bias = bias[bias.isfinite()]
     steps = bias.double().sort().values.diff()
     steps = steps[steps > 0]
     if len(bias) < LADDER or len(steps) < LADDER / 2:
@@ -187,6 +216,7 @@ def ladder(bias: Tensor) -> float:
 
 def alike(sums: Tensor) -> float:
     """Return ``|mean| / std``, at most ``LARGEST``; NaN for few, or where all are zero."""
+    sums = sums[sums.isfinite()]
     mean, spread = float(sums.mean().abs()), float(sums.std())
     if len(sums) < SHORT or not mean > 0:
         return float("nan")
@@ -203,8 +233,20 @@ def one_weight(weight: Tensor) -> float:
 
 
 def over_weights(bias: Tensor, weight: Tensor) -> float:
-    """Return ``max |b| / max_r sum |W_r|``, at most ``LARGEST``; NaN where both are zero."""
-    bound, most = float(weight.abs().sum(dim=1).max()), float(bias.abs().max())
+    """Return ``max |b| / max_r sum |W_r|``, at most ``LARGEST``; NaN where both are zero.
+
+    A bias that is no number is as large as any; weights that are none bound nothing.
+    """
+    if not bool(bias.isfinite().all()):
+        return LARGEST
+    sums = weight.abs().sum(dim=1)
+    bound = float(sums[sums.isfinite()].max()) if bool(sums.isfinite().any()) else 0.0
+    most = float(bias.abs().max())
     if not most > 0:
         return 0.0 if bound > 0 else float("nan")
     return most / max(bound, most / LARGEST)
+
+
+def not_finite(values: Tensor) -> float:
+    """Return the share of values that are NaN or infinite."""
+    return 1 - float(values.isfinite().double().mean())

@@ -25,7 +25,7 @@ from pydantic import Field
 from clients.defenses.formal.gaussian import epsilon_of
 from clients.defenses.perturbation.clip import clipped
 from clients.defenses.toy import RATIO_ATTACK
-from fedsim.attack import Paper, ToyCase
+from fedsim.attack import Paper, Setting, ToyCase
 from fedsim.defense import ClientContext, Defense, Place, Privacy, Tensors, TrainingPlan
 from fedsim.registry import register
 
@@ -42,10 +42,10 @@ class DistributedDP(Defense):
     sigma : float
         Noise multiplier of the sum: its noise has standard deviation ``sigma * norm``.
     cohort : int
-        ``C``: how many clients each believes are in the sum.  Nobody checks it, which is what a
-        server with sybils lives on.
+        ``C``: how many clients each believes are in the sum.  A scenario may not name more than
+        can be; who they are nobody checks, which is what a server with sybils lives on.
     delta : float
-        The delta at which epsilon is told.
+        The delta at which epsilon is told, behind a channel that lets the server read sums only.
     """
 
     paper: ClassVar[Paper] = Paper(
@@ -64,6 +64,7 @@ class DistributedDP(Defense):
         high=14.0,
     )
     rank: ClassVar[int] = 50
+    of_sums: ClassVar[bool] = True
 
     norm: Annotated[float, Field(gt=0)] = 1.0
     sigma: Annotated[float, Field(gt=0)] = 0.1
@@ -74,6 +75,15 @@ class DistributedDP(Defense):
     def share(self) -> float:
         """Standard deviation of one client's noise: ``sigma c / sqrt(C - 1)``."""
         return self.sigma * self.norm / math.sqrt(self.cohort - 1)
+
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse a cohort that no sum can have: its noise would be less than what is told."""
+        most = setting.cohort + setting.sybils
+        if self.cohort > most:
+            raise ValueError(
+                f"cohort={self.cohort} is more than the {most} that take part in a round: the sum "
+                f"would hold less noise than sigma says; let cohort be at most {most}"
+            )
 
     def transform_update(self, update: Tensors, ctx: ClientContext) -> Tensors:
         """Clip, then add this client's share, from its secret stream."""

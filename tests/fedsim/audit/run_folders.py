@@ -54,7 +54,6 @@ FEDERATION: dict[str, Any] = {
     "receipts": ["sent a modified model to 4/4 clients in round 1"],
     "channel": {"name": "plain"},
     "defenses_expected": [],
-    "detection": [],
     "manipulation": {
         "accuracy": 0.09,
         "honest_accuracy": 0.11,

@@ -32,14 +32,12 @@ DEFENDED = {
     ],
     "oracles": ("labels",),
     "federation": {
-        "failures": [{"round": 1, "client": 0, "reason": HOSTILE}] * 60,
+        "failures": [
+            {"round": 1, "client": c, "reason": HOSTILE, "refused": True} for c in range(60)
+        ],
         "channel": {"name": HOSTILE, "quantization_step": 1e-6},
         "privacy": [
             {"name": HOSTILE, "epsilon": 8.0, "delta": 1e-5, "unit": HOSTILE, "mechanism": "m"}
-        ],
-        "detection": [
-            {"client": c, "round": 1, "checks": {HOSTILE: 0.5}, "verdict": HOSTILE}
-            for c in range(60)
         ],
     },
 }

@@ -274,6 +274,9 @@ def test_with_all_clients_refusing_the_server_learns_nothing(attack: str, tmp_pa
         (r, c) for r in (1, 2) for c in range(4)
     ]
     assert all(UNMASKINGS[attack] in f["reason"] for f in refusals)
+    found = [(d["client"], d["round"], d["verdict"]) for d in report["detection"]]
+    said = f"refused: {refusals[0]['reason']}"
+    assert found == [(c, r, said) for c in range(4) for r in (1, 2)]
     assert UNMASKINGS[attack] in page.read_text()
 
 
