@@ -5,6 +5,7 @@ The hooks follow the order in which a client works; a chain ``a | b`` applies a'
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -134,6 +135,14 @@ class Defense:
 
     def check(self, model: nn.Module, kind: str) -> None:
         """Refuse a model or an upload kind that this defense cannot act on (``ValueError``)."""
+
+    def shared(self) -> list[Path]:
+        """Return the folders in which clients tell each other what the server must not touch.
+
+        A run's clients write to ``<folder>/<run id>``.  The folders are closed to attack code, and
+        what a run left there goes when it ends.
+        """
+        return []
 
     def inspect(
         self, model: nn.Module, received: Tensors, probe: Batch, ctx: ClientContext

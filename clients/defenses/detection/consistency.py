@@ -77,6 +77,10 @@ class Consistency(Defense):
     refuse_above: Annotated[float, Field(ge=0, lt=1)] | None = None
     witnesses: Annotated[int, Field(ge=0)] = 0
 
+    def shared(self) -> list[Path]:
+        """Return where the board lies."""
+        return [Path(self.board) if self.board else seeds.home() / "boards"]
+
     def inspect(
         self,
         model: nn.Module,  # noqa: ARG002
@@ -85,8 +89,7 @@ class Consistency(Defense):
         ctx: ClientContext,
     ) -> Verdict:
         """Post the hash, and return the scores ``consistency`` and ``consistency/before``."""
-        root = Path(self.board) if self.board else seeds.home() / "boards"
-        run = root / str(ctx.run_id)
+        run = self.shared()[0] / str(ctx.run_id)
         own = digest(ctx.round, ctx.model, received)
         post(run, ctx.round, ctx.client, own)
         others = posted(run, ctx.round)
