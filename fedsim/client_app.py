@@ -164,37 +164,37 @@ def _respond(
 ) -> Message:
     parts = _parts(context)
     config = msg.content.config_records["config"]
-    server_round = cast(int, config["server-round"])
     torch.set_num_threads(parts.scenario.federation.threads or os.cpu_count() or 1)
     own = _own_model(parts, config)
-    model = _worker.idle.pop(own, None) or build_model(own[0], own[1]).to(parts.device, parts.dtype)
-    received = msg.content.array_records["arrays"]
-    load_arrays(model, {name: array.numpy() for name, array in received.items()})
-    model.train(parts.scenario.model.batchnorm != "frozen")
+    model = _loaded(parts, own, msg.content.array_records["arrays"])
     names = uploaded_names(model, parts.scenario.model.batchnorm)
     split = _own_data(parts, context)
     data = LocalData(split, parts.device, parts.dtype)
-    ctx = _defense_context(parts, context, server_round, len(data))
+    ctx = _defense_context(parts, context, cast(int, config["server-round"]), len(data))
     ctx.model = own[0]
-    verdicts = _inspect(model, defenses, parts.local.probe(data, ctx), ctx)
+    probe = parts.local.probe(data, ctx)
+    _worker.idle = {own: model}  # who refuses it has not touched it: each looks at a copy
+    verdicts = _inspect(model, defenses, probe, ctx)
     _refuse(verdicts, ctx, vault_root(context))
+    _worker.idle = {}
     before = _before(model, defenses)
     trainee = _wrapped(model, defenses, ctx)
-    public = seeds.derive(parts.scenario.seed, "training", ctx.client, server_round)
+    public = seeds.derive(parts.scenario.seed, "training", ctx.client, ctx.round)
     with seeds.seeded_globals(public):  # dropout
         pull = cast(float, config.get("proximal-mu", 0.0))
         trained = parts.local.train(trainee, data, defenses, ctx, pull)
     upload = _upload(trainee, trained.upload, names)
     verdicts |= _inspect_update(before, upload, data.batch(trained.indices), defenses, ctx)
+    model.zero_grad()
+    _worker.idle = {own: model}
     _refuse(verdicts, ctx, vault_root(context))
     if parts.channel.masks:
         places = places_in(msg.content)
         upload = {name: whole(tensor, places.get(name)) for name, tensor in upload.items()}
     if truth:
         record = _record(parts, ctx, split, trained.indices, defenses)
-        if parts.attack is not None and parts.channel.masks:
-            record = dataclasses.replace(record, upload=upload)
-        deposit(vault_root(context), dataclasses.replace(record, **_told(verdicts)))
+        kept = upload if parts.attack is not None and parts.channel.masks else record.upload
+        deposit(vault_root(context), dataclasses.replace(record, upload=kept, **_told(verdicts)))
         _remember(context, ctx.store)
     content = RecordDict(
         {
@@ -202,9 +202,16 @@ def _respond(
             "metrics": MetricRecord({"num-examples": len(trained.indices)}),
         }
     )
-    model.zero_grad()
-    _worker.idle = {own: model}
     return Message(content, reply_to=msg)
+
+
+def _loaded(
+    parts: Parts, own: tuple[str, DataSpec, torch.dtype, str], sent: ArrayRecord
+) -> nn.Module:
+    """Return the model that was asked for, with what was sent: the idle one, if it is that."""
+    model = _worker.idle.pop(own, None) or build_model(own[0], own[1]).to(parts.device, parts.dtype)
+    load_arrays(model, {name: array.numpy() for name, array in sent.items()})
+    return model.train(parts.scenario.model.batchnorm != "frozen")
 
 
 def _own_model(parts: Parts, config: ConfigRecord) -> tuple[str, DataSpec, torch.dtype, str]:

@@ -5,6 +5,7 @@ The hooks follow the order in which a client works; a chain ``a | b`` applies a'
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -147,6 +148,14 @@ class Defense:
 
     def check_setting(self, setting: Setting) -> None:
         """Refuse a federation in which this defense cannot act as it says (``ValueError``)."""
+
+    def shared(self) -> list[Path]:
+        """Return the folders in which clients tell each other what the server must not touch.
+
+        A run's clients write to ``<folder>/<run id>``.  The folders are closed to attack code, and
+        what a run left there goes when it ends.
+        """
+        return []
 
     def inspect(
         self, model: nn.Module, received: Tensors, probe: Batch, ctx: ClientContext

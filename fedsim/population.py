@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from fedsim.defense import REFUSED
 from fedsim.errors import RunFailed
 from fedsim.grid import GridWrapper
-from fedsim.spool import spooled
+from fedsim.spool import computed, spooled
 
 ADDRESS = "fedsim"  # the record that says which client a message is for
 
@@ -178,11 +178,13 @@ class Population(GridWrapper):
             if host is None:
                 self.ledger.fail(client, "its SuperNode is not connected")
                 continue
-            self.ledger.bytes_down += _bytes(message.content)
+            content = _copied(message.content)
+            self.ledger.bytes_down += _bytes(content)
+            content[ADDRESS] = ConfigRecord({"client": client})
             asked.append(message)
             hosted.append(
                 Message(
-                    _addressed(message.content, client),
+                    content,
                     dst_node_id=host,
                     message_type=message.metadata.message_type,
                     group_id=message.metadata.group_id,
@@ -259,16 +261,20 @@ def _value_bytes(value: object) -> int:
     return len(value) if isinstance(value, bytes | str) else 8
 
 
-def _addressed(content: RecordDict, client: int) -> RecordDict:
-    """Copy what a client's mods may write to; arrays are shared, nobody writes to them."""
-    copy = RecordDict({ADDRESS: ConfigRecord({"client": client})})
+def _copied(content: RecordDict) -> RecordDict:
+    """Copy what a client's mods may write to; arrays are shared, nobody writes to them.
+
+    Those that are yet to be computed are computed here: it may be attack code that does so, which
+    has no business where the client's own random streams are the process's.
+    """
+    copy = RecordDict()
     for name, record in content.items():
         if isinstance(record, ConfigRecord):
             copy[name] = ConfigRecord(dict(record))
         elif isinstance(record, MetricRecord):
             copy[name] = MetricRecord(dict(record))
         else:
-            copy[name] = record
+            copy[name] = computed(record)
     return copy
 
 

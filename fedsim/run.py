@@ -5,11 +5,12 @@ leaves plain files in the run folder; the next one starts from them.
 """
 
 import dataclasses
+import shutil
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from math import isfinite
 from pathlib import Path
 from typing import Any, cast
@@ -21,14 +22,14 @@ from flwr.serverapp.strategy import Strategy
 
 from fedsim import registry, report
 from fedsim.adversary import build_knowledge, reconstruct
-from fedsim.attack import Manipulation
-from fedsim.audit.guard import run_sealed
+from fedsim.attack import Active, Manipulation
 from fedsim.data import DataSpec, Split, split_test
 from fedsim.defense import Privacy, guarantees
 from fedsim.errors import RunFailed
 from fedsim.federation import Applied, Refereed, build_strategy
 from fedsim.interception import Interception
 from fedsim.isolation import parent as isolation
+from fedsim.isolation.walls import cell
 from fedsim.manipulated import manipulation_facts
 from fedsim.models import build_model, load_arrays, travelling
 from fedsim.parts import Parts
@@ -74,7 +75,10 @@ def federate(parts: Parts, grid: Grid, context: Context, folder: RunFolder) -> b
         folder.event("round", round=server_round, seconds=seconds)
         folder.write("federation.json", history.facts())
 
-    with closing(_population(parts, grid, history.ledger, folder)) as population:
+    with (
+        _tidied(parts, context.run_id),
+        closing(_population(parts, grid, history.ledger, folder)) as population,
+    ):
         population.clients += parts.sybils
         if isinstance(parts.attack, Interception):
             population.tap = cast(Tap, role)
@@ -91,6 +95,16 @@ def federate(parts: Parts, grid: Grid, context: Context, folder: RunFolder) -> b
     if refused := _only_refused(parts, history.ledger, folder):
         folder.event("refused", rounds=len(history.ledger.round_seconds))
     return not refused
+
+
+@contextmanager
+def _tidied(parts: Parts, run_id: int) -> Iterator[None]:
+    """Delete, afterwards, what clients on this machine told each other in this run."""
+    try:
+        yield
+    finally:
+        for folder in (folder for defense in parts.defenses for folder in defense.shared()):
+            shutil.rmtree(folder / str(run_id), ignore_errors=True)
 
 
 def _manipulation(parts: Parts, role: Any, honest: float | None) -> dict[str, Any] | None:
@@ -124,23 +138,16 @@ def _server(parts: Parts, folder: RunFolder) -> tuple[Strategy, list[str], Knowl
     if parts.attack is None:
         return applied, [], None
     views, kind = folder.path / "views", parts.local.kind
-    if isinstance(parts.attack, Manipulation):
-        seal = partial(run_sealed, paths=folder.sealed_paths(), openings=[views])
-        knowledge = build_knowledge(parts, folder, Progress("crafting", "steps"))
-        role = registry.components("role")["manipulator"](
-            applied, views, kind, attack=parts.attack, knowledge=knowledge, seal=seal,
-            clients=scenario.federation.clients,
-        )  # fmt: skip
-        return role, role.receipts, knowledge
-    if isinstance(parts.attack, Interception):
-        seal = partial(run_sealed, paths=folder.sealed_paths(), openings=[views])
-        knowledge = build_knowledge(parts, folder, Progress("intercepting", "steps"))
-        role = registry.components("role")["interceptor"](
-            applied, views, kind, attack=parts.attack, knowledge=knowledge, seal=seal
-        )
-        return role, role.receipts, knowledge
-    role = registry.components("role")["eavesdropper"](applied, views, kind)
-    return role, role.receipts, None
+    if not isinstance(parts.attack, Active):
+        role = registry.components("role")["eavesdropper"](applied, views, kind)
+        return role, role.receipts, None
+    manipulates = isinstance(parts.attack, Manipulation)
+    at_work = Progress("crafting" if manipulates else "intercepting", "steps")
+    knowledge = build_knowledge(parts, folder, at_work)
+    role = registry.components("role")["manipulator" if manipulates else "interceptor"](
+        applied, views, kind, attack=parts.attack, knowledge=knowledge, seal=cell(parts, folder)
+    )
+    return role, role.receipts, knowledge
 
 
 def _population(parts: Parts, grid: Grid, ledger: Ledger, folder: RunFolder) -> Population:

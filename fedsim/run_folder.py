@@ -122,15 +122,6 @@ class RunFolder:
         if "run_id" in self.environment:
             move(seeds.home() / "vaults" / str(self.environment["run_id"]), self.path / "vault")
 
-    def sealed_paths(self) -> list[Path]:
-        """What no attack may open.
-
-        The vault, the seed that all public streams come from, the number of examples beside each
-        view, and what an earlier report or another attack says: the whole folder.  The clients'
-        own board, where they compare what they received, is out of the server's reach.
-        """
-        return [self.path, seeds.home() / "vaults", seeds.home() / "boards"]
-
 
 def output_dir(scenario: Scenario) -> Path:
     """Return where run folders go; a relative folder lies in ``$FEDSIM_HOME``."""

@@ -41,6 +41,13 @@ def lazily(array: Array, change: Callable[[NDArray[np.generic]], NDArray[np.gene
     return LazyArray(array.dtype, tuple(array.shape), lambda: change(array.numpy()))
 
 
+def computed(arrays: ArrayRecord) -> ArrayRecord:
+    """Return a record whose every array is there already."""
+    return ArrayRecord(
+        {n: Array(a.numpy()) if isinstance(a, LazyArray) else a for n, a in arrays.items()}
+    )
+
+
 def spooled(arrays: ArrayRecord, file: IO[bytes]) -> ArrayRecord:
     """Move the bytes of a record to a file's end and return a record that reads them back.
 

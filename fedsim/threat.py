@@ -19,7 +19,7 @@ from fedsim import seeds
 from fedsim.data import DataSpec, Split
 from fedsim.errors import NotGranted
 from fedsim.models import build_model, load_arrays
-from fedsim.view import SavedViews, ServerView
+from fedsim.view import Blanked, SavedViews, ServerView
 
 
 class Capability(StrEnum):
@@ -152,7 +152,7 @@ class Knowledge:
 
     def remember(self, views: SavedViews) -> None:
         """Let a manipulator know what came back in the rounds before."""
-        self._history = views
+        self._history = Blanked(views)
         if Capability.BASICS in self.granted:
             self._num_examples = {f["label"]: f["num_examples"] for f in views.facts()}
 

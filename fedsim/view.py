@@ -8,7 +8,7 @@ no code: a view from elsewhere is data.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -170,6 +170,25 @@ class SavedViews(Sequence[ServerView]):
 
     def __iter__(self) -> Iterator[ServerView]:
         return (load_view(path) for path in self.paths)
+
+
+class Blanked(Sequence[ServerView]):
+    """Views as an attack gets them: without the number of examples, which is a grant."""
+
+    def __init__(self, views: Sequence[ServerView]) -> None:
+        self._views = views
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    @overload
+    def __getitem__(self, index: int) -> ServerView: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ServerView]: ...
+    def __getitem__(self, index: int | slice) -> ServerView | list[ServerView]:
+        if isinstance(index, slice):
+            return [self[at] for at in range(len(self))[index]]
+        return replace(self._views[index], num_examples=None)
 
 
 def _order(path: Path) -> tuple[int, int]:

@@ -96,9 +96,6 @@ class Manipulator(Eavesdropper):
         What the attack may know.
     seal : callable
         ``seal(function, *args)`` runs attack code out of reach of what it must not see.
-    clients : int
-        The federation's own; what comes after them are the attacker's sybils, of whose uploads
-        there is nothing to save.
     """
 
     def __init__(
@@ -110,12 +107,12 @@ class Manipulator(Eavesdropper):
         attack: Attack,
         knowledge: Knowledge,
         seal: Seal,
-        clients: int,
     ) -> None:
         super().__init__(inner, folder, kind)
         if not isinstance(attack, Manipulation):
             raise TypeError(f"{attack.name} is passive: it sends no model of its own")
-        self.attack, self.knowledge, self.seal, self.clients = attack, knowledge, seal, clients
+        self.attack, self.knowledge, self.seal = attack, knowledge, seal
+        self._tailored: tuple[ModelToSend, int, int, ModelToSend] | None = None
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -125,28 +122,43 @@ class Manipulator(Eavesdropper):
         if not messages:
             return messages
         self.honest = ArrayRecord(dict(arrays.items()))
-        honest = str(config["model"])
+        honest = ModelToSend(str(config["model"]), tensors(arrays))
         self.knowledge.remember(SavedViews(self.folder))
-        self.crafted = self.seal(self.attack.craft, honest, tensors(arrays), self.knowledge)
+        self.crafted = self.seal(
+            self.attack.craft, honest.expression, tensors(arrays), self.knowledge
+        )
         self.common = {name: Array(tensor) for name, tensor in self.crafted.arrays.items()}
         messages = self._selected(messages, server_round, grid)
-        several = False
+        several, lies = False, 0
         for message in messages:
             client = client_of(message.metadata.dst_node_id)
-            model = self.seal(self.attack.tailor, self.crafted, client, server_round)
+            model = self._model_for(self.crafted, client, server_round)
             several |= model is not self.crafted
-            changed = ConfigRecord(dict(message.content.config_records["config"]))
-            changed["model"] = model.expression
-            arrays = self._record(model, client, server_round)
-            message.content = RecordDict({"arrays": arrays, "config": changed})
-            if model.places:
-                message.content[PLACES] = record_of(model.places)
+            lies += _differ(model, honest)
+            self._put(model, message, client, server_round)
         self.sent = {message.metadata.dst_node_id: message.content for message in messages}
         self.receipts.append(
             f"sent a modified model{', to each its own,' * several} to "
-            f"{len(messages)}/{len(messages)} clients in round {server_round}"
+            f"{lies}/{len(messages)} clients in round {server_round}"
         )
         return messages
+
+    def _model_for(self, crafted: ModelToSend, client: int, server_round: int) -> ModelToSend:
+        """Return a client's model; the last one is kept, for one of its arrays after the other."""
+        last = self._tailored
+        if last is None or last[0] is not crafted or last[1:3] != (client, server_round):
+            self._tailored = None  # two at a time may be too much
+            model = self.seal(self.attack.tailor, crafted, client, server_round)
+            self._tailored = last = crafted, client, server_round, model
+        return last[3]
+
+    def _put(self, model: ModelToSend, message: Message, client: int, server_round: int) -> None:
+        changed = ConfigRecord(dict(message.content.config_records["config"]))
+        changed["model"] = model.expression
+        arrays = self._record(model, client, server_round)
+        message.content = RecordDict({"arrays": arrays, "config": changed})
+        if model.places:
+            message.content[PLACES] = record_of(model.places)
 
     def _record(self, model: ModelToSend, client: int, server_round: int) -> ArrayRecord:
         """Return a client's arrays: the common ones once, its own when they are asked for."""
@@ -162,8 +174,7 @@ class Manipulator(Eavesdropper):
         crafted = self.crafted
 
         def load() -> Any:
-            model = self.seal(self.attack.tailor, crafted, client, server_round)
-            return model.arrays[name].numpy()
+            return self._model_for(crafted, client, server_round).arrays[name].numpy()
 
         return LazyArray(str(tensor.numpy().dtype), tuple(tensor.shape), load)
 
@@ -185,10 +196,13 @@ class Manipulator(Eavesdropper):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Save the views, and give the inner strategy what belongs to its own model."""
-        replies = list(replies)
+        """Save the views, and give the inner strategy what belongs to its own model.
+
+        Of the uploads of sybils, who come after the federation's own clients, nothing is saved.
+        """
+        replies, clients = list(replies), self.knowledge.clients
         for view in (self.view(server_round, reply) for reply in replies):
-            if honest := tuple(client for client in view.senders if client < self.clients):
+            if honest := tuple(client for client in view.senders if client < clients):
                 save_view(self.folder, dataclasses.replace(view, senders=honest))
         own = [self._own(reply) for reply in replies]
         return self.inner.aggregate_train(server_round, own)
@@ -274,6 +288,14 @@ class Interceptor(Eavesdropper):
         if uploads:
             self.receipts.append(f"unmasked {len(uploads)} uploads in round {server_round}")
         return super().aggregate_train(server_round, replies)
+
+
+def _differ(model: ModelToSend, honest: ModelToSend) -> bool:
+    """Say whether a model is any other than the honest one."""
+    if (model.expression, model.arrays.keys()) != (honest.expression, honest.arrays.keys()):
+        return True
+    pairs = ((tensor, honest.arrays[name]) for name, tensor in model.arrays.items())
+    return any(one.dtype != own.dtype or not torch.equal(one, own) for one, own in pairs)
 
 
 def tensors(arrays: ArrayRecord) -> dict[str, torch.Tensor]:

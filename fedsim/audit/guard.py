@@ -9,6 +9,7 @@ even where the attack swallows the error.  It is the door-bell; the wall is the 
 """
 
 import _posixsubprocess
+import importlib
 import os
 import sys
 import sysconfig
@@ -22,7 +23,7 @@ from typing import Any, TypeVar
 
 from fedsim import seeds
 from fedsim.audit import sealing
-from fedsim.audit.landlock import restrict
+from fedsim.audit.landlock import Rules
 from fedsim.stopping import stop
 
 T = TypeVar("T")
@@ -55,12 +56,14 @@ _OUTSIDE = {
     "socket.getaddrinfo": "open a connection",
 }
 _LIBRARIES = ("torch", "torchvision", "triton", "numpy", "scipy", "sklearn", "joblib")
+# What the command line may say as well: a key, and the scenario as typed.
+_TOLD = ("FEDSIM_SECRET_KEY", "FEDSIM_COMMAND")
 _FILE_EVENTS = ("os.", "glob.", "pathlib.", "shutil.", "sqlite3.")
 
 
 @dataclass
 class _Seal:
-    """What is sealed now: resolved paths, the threads that were there before, who is told.
+    """What is sealed now: resolved paths, who is told, the threads that were there before.
 
     ``openings`` are what inside a sealed path is open all the same; ``waiting`` is the thread that
     waits for the attack; interrupted, it may tidy up.
@@ -68,9 +71,9 @@ class _Seal:
 
     roots: tuple[str, ...]
     openings: tuple[str, ...]
-    bystanders: frozenset[int]
     waiting: int | None
     tell: Callable[[str], None]
+    bystanders: frozenset[int] = frozenset()
 
     def holds(self, path: str) -> bool:
         """Say whether a resolved path is sealed: what is more specific, wall or opening, holds."""
@@ -86,40 +89,70 @@ _active: list[_Seal] = []
 _installed = threading.Lock()
 
 
-def run_sealed(
-    function: Callable[..., T],
-    *args: Any,
-    paths: Sequence[Path] = (),
-    openings: Sequence[Path] = (),
-) -> T:
-    """Run attack code with ``paths`` and the range's own keys out of reach; return its result.
+class Cell:
+    """Walls around attack code that has no process of its own, put up once, for many calls.
 
-    ``openings`` are what inside them is open all the same: the views of earlier rounds.
-
-    It runs in a thread of its own, so that no chain of frames leads from it to its caller's
+    Each call gets a thread of its own, so that no chain of frames leads from it to its caller's
     variables, and so that the kernel can wall it in (:mod:`fedsim.audit.landlock`).
 
-    Raises
-    ------
-    PermissionError
-        If it tried what the seal forbids.
-    BaseException
-        Whatever the function raises.
+    Parameters
+    ----------
+    paths : sequence of Path
+        What is sealed, beside the range's own keys.
+    openings : sequence of Path
+        What inside them is open all the same, for reading: the views of earlier rounds.
+    readable, writable : sequence of Path
+        What else the kernel leaves open, where it walls.
     """
-    outcome: list[T] = []
-    raised: list[BaseException] = []
-    attempts: list[str] = []
-    caller, done = threading.get_ident(), threading.Event()
 
-    def inside() -> None:
-        try:
-            restrict([*paths, *own_keys()], ["/", *openings])
-            with sealed(paths, openings, waiting=caller, tell=attempts.append):
-                outcome.append(function(*args))
-        except BaseException as error:
-            raised.append(error)
-        done.set()
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        openings: Sequence[Path] = (),
+        *,
+        readable: Sequence[Path] = (Path("/"),),
+        writable: Sequence[Path] = (Path("/"),),
+    ) -> None:
+        self._roots, self._openings = _resolved([*paths, *own_keys()]), _resolved(openings)
+        self._rules = Rules(self._roots, [*readable, *openings], writable)
 
+    def __call__(self, function: Callable[..., T], *args: Any) -> T:
+        """Run attack code in here; return its result.
+
+        Raises
+        ------
+        PermissionError
+            If it tried what the seal forbids.
+        BaseException
+            Whatever the function raises.
+        """
+        outcome: list[T] = []
+        raised: list[BaseException] = []
+        attempts: list[str] = []
+        seal = _Seal(self._roots, self._openings, threading.get_ident(), attempts.append)
+        done = threading.Event()
+
+        def inside() -> None:
+            try:
+                self._rules.enforce()
+                with _awake(seal):
+                    outcome.append(function(*args))
+            except BaseException as error:
+                raised.append(error)
+            done.set()
+
+        _run_to_its_end(inside, done)
+        refused = bool(raised) and isinstance(raised[0], PermissionError)
+        if attempts and not refused:  # it swallowed the refusal, or made another error of it
+            raise hidden(attempts)
+        if raised:
+            raise raised[0]
+        return outcome[0]
+
+
+def _run_to_its_end(inside: Callable[[], None], done: threading.Event) -> None:
+    """Run something in a thread, and wait; interrupted, end it."""
+    imported = len(sys.modules)
     thread = threading.Thread(target=inside, name="sealed", daemon=True)
     try:
         thread.start()
@@ -127,12 +160,19 @@ def run_sealed(
     except BaseException:
         stop(thread)
         raise
-    refused = bool(raised) and isinstance(raised[0], PermissionError)
-    if attempts and not refused:  # it swallowed the refusal, or made another error of it
-        raise hidden(attempts)
-    if raised:
-        raise raised[0]
-    return outcome[0]
+    finally:
+        if len(sys.modules) != imported:  # to who was walled in, folders of code looked empty
+            importlib.invalidate_caches()
+
+
+def run_sealed(
+    function: Callable[..., T],
+    *args: Any,
+    paths: Sequence[Path] = (),
+    openings: Sequence[Path] = (),
+) -> T:
+    """Run attack code once in a :class:`Cell`; return its result."""
+    return Cell(paths, openings)(function, *args)
 
 
 def hidden(attempts: Sequence[str]) -> PermissionError:
@@ -150,7 +190,6 @@ def sealed(
     paths: Sequence[Path],
     openings: Sequence[Path] = (),
     *,
-    waiting: int | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Iterator[None]:
     """Refuse everybody in this process the sealed paths, and attack code the ways around them.
@@ -159,19 +198,31 @@ def sealed(
     refused look at sealed paths and memory, as it happens.  The auditor's private key and the
     secret stream's key are always sealed.
     """
+    seal = _Seal(_resolved([*paths, *own_keys()]), _resolved(openings), None, tell)
+    with _awake(seal):
+        yield
+
+
+@contextmanager
+def _awake(seal: _Seal) -> Iterator[None]:
+    """Wake the hook, and hide what the process was started with."""
     _install()
-    roots = tuple(os.path.realpath(path) for path in [*paths, *own_keys()])
-    opened = tuple(os.path.realpath(path) for path in openings)
     others = frozenset(t.ident for t in threading.enumerate() if t.ident is not None)
-    seal = _Seal(roots, opened, others - {threading.get_ident()}, waiting, tell)
-    secret = os.environ.pop("FEDSIM_SECRET_KEY", None)
+    seal.bystanders = others - {threading.get_ident()}
+    hidden = {name: value for name in _TOLD if (value := os.environ.pop(name, None)) is not None}
+    typed = sys.argv, sys.orig_argv
+    sys.argv, sys.orig_argv = [""], [""]
     _active.append(seal)
     try:
         yield
     finally:
         _active.remove(seal)
-        if secret is not None:
-            os.environ["FEDSIM_SECRET_KEY"] = secret
+        sys.argv, sys.orig_argv = typed
+        os.environ.update(hidden)
+
+
+def _resolved(paths: Sequence[Path]) -> tuple[str, ...]:
+    return tuple(os.path.realpath(path) for path in paths)
 
 
 def _install() -> None:

@@ -10,6 +10,7 @@ process or a thread of its own, which ends with it.
 import ctypes
 import os
 import sys
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -34,48 +35,72 @@ class _PathBeneath(ctypes.Structure):
     _fields_ = (("allowed_access", ctypes.c_uint64), ("parent_fd", ctypes.c_int32))
 
 
+class Rules:
+    """What the kernel is to let a thread open, put together once, for any number of threads.
+
+    A wall strictly inside something readable or writable is neither; where one is inside a wall,
+    it is open: what is more specific holds.  Where a wall is a folder, the folders above it cannot
+    be listed, nor files made in them.  What is not there yet stays closed, unless it comes to lie
+    in something open.
+    """
+
+    def __init__(
+        self,
+        walls: Sequence[Path | str],
+        readable: Sequence[Path | str] = ("/",),
+        writable: Sequence[Path | str] = ("/",),
+    ) -> None:
+        self._ruleset: int | None = None
+        if (version := _version()) < 1:
+            return
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        read, write = _READ_FILE | _READ_DIR, _WRITE_FILE | _CHANGE_FOLDER
+        write |= (_REFER if version >= 2 else 0) | (_TRUNCATE if version >= 3 else 0)
+        handled = _Ruleset(read | write, _TCP if version >= 4 else 0)
+        made = self._libc.syscall(_CREATE_RULESET, ctypes.byref(handled), ctypes.sizeof(handled), 0)
+        if made < 0:
+            return
+        self._ruleset = made
+        weakref.finalize(self, os.close, made)
+        kept = tuple(os.path.realpath(wall) for wall in walls)
+        for root in _resolved(readable):
+            if not any(wall.startswith(_inside(root)) and _is_folder(wall) for wall in kept):
+                _allow(self._libc, made, root, _READ_DIR)
+            for path in _open_paths(root, kept):
+                _allow(self._libc, made, path, read)
+        for root in _resolved(writable):
+            for path in _open_paths(root, kept):
+                _allow(self._libc, made, path, write)
+
+    def enforce(self) -> bool:
+        """Hold the calling thread, and all it starts, to them; say whether the kernel does so."""
+        if self._ruleset is None:
+            return False
+        self._libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        return bool(self._libc.syscall(_RESTRICT_SELF, self._ruleset, 0) == 0)
+
+
 def restrict(
     walls: Sequence[Path | str],
     readable: Sequence[Path | str] = ("/",),
     writable: Sequence[Path | str] = ("/",),
 ) -> bool:
-    """Leave the calling thread, and all it starts, nothing to open but what is named.
-
-    A wall strictly inside something readable or writable is neither; where one is inside a wall,
-    it is open: what is more specific holds.  Where a wall is a folder, the folders above it cannot
-    be listed, nor files made in them.
+    """Leave the calling thread, and all it starts, nothing to open but what :class:`Rules` allow.
 
     Returns
     -------
     bool
         Whether the kernel does so; False on other systems and older kernels.
     """
+    return Rules(walls, readable, writable).enforce()
+
+
+def _version() -> int:
+    """Return which Landlock the kernel has; 0 or less is none."""
     if not sys.platform.startswith("linux"):
-        return False
-    libc = ctypes.CDLL(None, use_errno=True)
-    version = libc.syscall(_CREATE_RULESET, None, 0, _VERSION)
-    if version < 1:
-        return False
-    read, write = _READ_FILE | _READ_DIR, _WRITE_FILE | _CHANGE_FOLDER
-    write |= (_REFER if version >= 2 else 0) | (_TRUNCATE if version >= 3 else 0)
-    handled = _Ruleset(read | write, _TCP if version >= 4 else 0)
-    ruleset = libc.syscall(_CREATE_RULESET, ctypes.byref(handled), ctypes.sizeof(handled), 0)
-    if ruleset < 0:
-        return False
-    try:
-        kept = tuple(os.path.realpath(wall) for wall in walls)
-        for root in _resolved(readable):
-            if not any(wall.startswith(_inside(root)) and _is_folder(wall) for wall in kept):
-                _allow(libc, ruleset, root, _READ_DIR)
-            for path in _open_paths(root, kept):
-                _allow(libc, ruleset, path, read)
-        for root in _resolved(writable):
-            for path in _open_paths(root, kept):
-                _allow(libc, ruleset, path, write)
-        libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        return bool(libc.syscall(_RESTRICT_SELF, ruleset, 0) == 0)
-    finally:
-        os.close(ruleset)
+        return 0
+    version: int = ctypes.CDLL(None).syscall(_CREATE_RULESET, None, 0, _VERSION)
+    return version
 
 
 def _resolved(paths: Iterable[Path | str]) -> list[str]:

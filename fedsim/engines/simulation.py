@@ -87,6 +87,7 @@ def run_simulation(scenario: Scenario, command: str) -> Path:
             "run", str(app), "range", "--run-config", str(file), "--federation-config", size,
             "--format", "json",
         )  # fmt: skip
+        file.unlink()  # it tells the seed, in a folder that attack code may come by
         run_id = str(json.loads(submitted)["run-id"])
         try:
             lines = _follow(link, run_id)

@@ -1,7 +1,6 @@
 """The range's end: starts an attack's process, answers its questions, and takes what it made."""
 
 import contextlib
-import dataclasses
 import os
 import pickle
 import signal
@@ -21,7 +20,7 @@ from fedsim.errors import NotGranted, RunFailed, ScenarioError
 from fedsim.isolation import server, start, wire
 from fedsim.isolation.child import Task
 from fedsim.threat import Capability, Knowledge
-from fedsim.view import SavedViews, ServerView
+from fedsim.view import Blanked, SavedViews, ServerView
 
 
 def prepare(attack: Attack) -> None:
@@ -113,7 +112,7 @@ class _Conversation:
         ending: socket.socket,
     ) -> None:
         self.attack, self.knowledge, self.line, self.ending = attack, knowledge, line, ending
-        self.views = views
+        self.views = Blanked(views)
         self.attempts: list[str] = []
 
     def hold(self) -> Reconstruction:
@@ -167,7 +166,7 @@ class _Conversation:
     def view(self, index: int) -> ServerView:
         """Return one view, blanked of what an attack asks its knowledge for."""
         self.knowledge.require(Capability.UPDATES)
-        return dataclasses.replace(self.views[index], num_examples=None)
+        return self.views[index]
 
     def _end(self) -> str:
         """Say how the child ended."""

@@ -3,23 +3,49 @@
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from fedsim import seeds
-from fedsim.audit.guard import own_keys
+from fedsim.audit.guard import Cell, own_keys
 from fedsim.data.places import places
-from fedsim.isolation.openings import CODE
+from fedsim.errors import RunFailed
+from fedsim.isolation.openings import CODE, openings
 from fedsim.parts import Parts
 from fedsim.run_folder import RunFolder
 
 
 def walls(parts: Parts, folder: RunFolder) -> list[Path]:
     """Return the run's folder and those beside it, ``$FEDSIM_HOME``, the auditor's keys, the
-    places of data, and the scenario as it was typed.
+    places of data, what clients share on disk, and the scenario as it was typed.
     """
     run = [folder.path, folder.path.parent, seeds.home(), *own_keys()]
-    return [*run, *places(parts.scenario.data.dataset), *_typed(folder)]
+    shared = [path for defense in parts.defenses for path in defense.shared()]
+    return [*run, *places(parts.scenario.data.dataset), *shared, *_typed(folder)]
+
+
+def cell(parts: Parts, folder: RunFolder) -> Callable[..., Any]:
+    """Return ``seal(function, *args)``, for attack code that works while clients train.
+
+    It runs in the range's own process, reads what an attack's process reads and the views of
+    earlier rounds, and writes no file.
+    """
+    views = folder.path / "views"
+    views.mkdir(exist_ok=True)  # the kernel opens what is there
+    opened, devices = [*openings(), views], [Path("/dev")]
+    walled = Cell(walls(parts, folder), opened, readable=[], writable=devices)
+
+    def seal(function: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return walled(function, *args)
+        except OSError as error:
+            if error.errno is None:  # the guard's own
+                raise
+            remedy = "between rounds it reads code and earlier views, and writes nothing"
+            raise RunFailed(f"{parts.scenario.attack} failed with {error}: {remedy}") from error
+
+    return seal
 
 
 def _typed(folder: RunFolder) -> Iterator[Path]:

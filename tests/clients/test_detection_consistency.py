@@ -140,15 +140,38 @@ def test_with_a_witness_a_server_that_tailors_learns_nothing(
     assert not list((page.parent / "views").glob("*.safetensors"))
 
 
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("deed", ["forge", "read"])
 def test_attack_code_cannot_reach_the_board(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    deed: str, named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A folder that the scenario names lies out of the run and of ``$FEDSIM_HOME``."""
+    board = tmp_path / "shared" if named else tmp_path / "home" / "boards"
+    post(board / "7", 1, 0, "there already")
+
     def forge(arrays: Tensors, knowledge: object) -> None:
-        post(Path(str(tmp_path / "home")) / "boards" / "7", 1, 3, "forged")
+        if deed == "forge":
+            (board / "7" / "round-1" / "client-3").write_text("forged")
+        else:
+            posted(board / "7", 1)
 
     plug_in(monkeypatch, "attack", "forging", meddling(forge))
-    with pytest.raises((PermissionError, RunFailed)):
-        federated(tmp_path, {"attack": "forging", "defenses": "consistency"})
+    defense = f"consistency(board={str(board)!r})" if named else "consistency"
+    with pytest.raises(RunFailed, match=f"touch a sealed path .*{board}"):
+        federated(tmp_path / "range", {"attack": "forging", "defenses": defense})
+    assert not (board / "7").exists()
+
+
+def test_a_runs_board_goes_when_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plug_in(monkeypatch, "attack", "tailoring", Tailoring)
+    board = tmp_path / "shared"
+    post(board / "8", 1, 0, "another run's")
+    for named in (board, tmp_path / "home" / "boards"):
+        changes = {"attack": "tailoring", "defenses": f"consistency(board={str(named)!r})"}
+        ran = federated(tmp_path / "range", changes)
+        assert len(ran.vault) == 4
+        assert not (named / "7").exists()
+    assert posted(board / "8", 1) == {0: "another run's"}
 
 
 def test_the_same_malicious_model_for_all_is_consistent(

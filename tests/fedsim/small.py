@@ -172,7 +172,7 @@ def told(ran: "Ran | RunFolder") -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Meddling(Manipulation):
-    """A manipulation that sends the honest model, after doing what a test tells it."""
+    """A manipulation that sends the model it got, after doing what a test tells it."""
 
     paper = NOBODY
     needs = frozenset({Capability.UPDATES, Capability.MANIPULATION})
@@ -195,6 +195,12 @@ class Meddling(Manipulation):
 def gray(*receipts: str) -> Reconstruction:
     image, view = torch.full((1, 1, 8, 8), 0.5), torch.zeros(1, dtype=torch.int64)
     return Reconstruction(image, view, receipts=receipts)
+
+
+def nudge(arrays: dict[str, Tensor], knowledge: Knowledge | None = None) -> None:
+    """Change a model a little, in place: what makes sending it a manipulation."""
+    for tensor in arrays.values():
+        tensor.add_(1e-3)
 
 
 def attack_by(monkeypatch: pytest.MonkeyPatch, deed: Callable[..., object]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from fedsim.reconstructions import slug
 from fedsim.run_folder import RunFolder
 from fedsim.scenario import Scenario
 from fedsim.threat import Capability
-from tests.fedsim.small import latest, meddling, plug_in, scenario, watching
+from tests.fedsim.small import latest, meddling, nudge, plug_in, scenario, watching
 
 ROOT = Path(__file__).parents[2]
 ONE_LAYER = "linear-inversion(layer='1')"
@@ -264,7 +264,9 @@ def test_no_attack_is_no_attack(run: Callable[..., Path], fedsim: Fedsim) -> Non
 def test_a_manipulation_works_only_on_the_capture_it_made(
     run: Callable[..., Path], fedsim: Fedsim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plug_in(monkeypatch, "attack", "meddling", meddling(lambda arrays, k: k.surrogate))
+    plug_in(
+        monkeypatch, "attack", "meddling", meddling(lambda arrays, k: (nudge(arrays), k.surrogate))
+    )
     plug_in(monkeypatch, "attack", "other", meddling(lambda arrays, knowledge: None))
     folder = run(attack="meddling", threat_model="G")
     said = fedsim("attack", folder, "other")
@@ -277,7 +279,9 @@ def test_a_manipulation_works_only_on_the_capture_it_made(
 def test_grants_used_to_make_the_capture_stay_used(
     run: Callable[..., Path], fedsim: Fedsim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plug_in(monkeypatch, "attack", "meddling", meddling(lambda arrays, k: k.surrogate))
+    plug_in(
+        monkeypatch, "attack", "meddling", meddling(lambda arrays, k: (nudge(arrays), k.surrogate))
+    )
     folder = run(attack="meddling", threat_model="G")
     used = report_of(fedsim("attack", folder, "linear-inversion"))["threat_model"]["used"]
     made = {Capability.MANIPULATION.value, Capability.SURROGATE.value}

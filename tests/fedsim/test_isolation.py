@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import skimage.data
+import sklearn.datasets
 import torch
 from torch import Tensor
 
 from fedsim import client_app, reconstructions, registry, seeds
 from fedsim.audit import sealing
+from fedsim.audit.landlock import Rules
 from fedsim.audit.vault import Vault
 from fedsim.data import embedded, load_dataset, split_test
 from fedsim.engines.inline import run_inline
@@ -44,6 +47,11 @@ from tests.fedsim.small import (
 )
 
 Deed = Callable[[Path], object]
+
+
+def typed(run: Path) -> Path:
+    """Where the scenario that somebody typed lies: away from the runs."""
+    return run.parent.with_name(f"{run.parent.name}-typed") / "mine.toml"
 
 
 def vault_file(run: Path) -> Path:
@@ -83,6 +91,9 @@ CHEATS: dict[str, Deed] = {
     "walk frames": lambda run: sys._current_frames(),
     "start a process": lambda run: subprocess.run(["true"], check=True),
     "load the data": lambda run: load_dataset("digits").train,
+    "read the digits from disk": lambda run: sklearn.datasets.load_digits(),
+    "read a picture from disk": lambda run: skimage.data.astronaut(),
+    "read the typed scenario": lambda run: typed(run).read_text(),
     "build the data": lambda run: registry.build("dataset", "digits", "data.dataset"),
     "ask the registry for the data": lambda run: registry.components("dataset")["digits"](),
     "call the data set itself": lambda run: embedded.digits(),
@@ -130,9 +141,47 @@ def test_a_cheat_fails_the_run(
 ) -> None:
     deed = CHEATS[cheat]
     plug_in(monkeypatch, "attack", "cheat", when(lambda: deed(latest(tmp_path).path)))
+    written = typed(tmp_path / "run")
+    written.parent.mkdir()
+    written.write_text("seed = 7")
+    monkeypatch.setattr(sys, "argv", ["fedsim", "run", str(written)])
     with pytest.raises(RunFailed, match=r"attack code tried to .*nothing it made may be believed"):
         federated(tmp_path, {"attack": "cheat"})
     assert not (latest(tmp_path).path / "reconstructions").exists()
+
+
+def test_crafting_reads_code_alone_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it lies, and whatever library opens it; and it is not told how it was started."""
+    elsewhere = tmp_path.with_name(f"{tmp_path.name}-elsewhere")
+    elsewhere.mkdir()
+    note = elsewhere / "data.bin"
+    note.write_bytes(b"0123456789abcdef")
+    readers: dict[str, Callable[[], object]] = {
+        "python": note.read_bytes,
+        "torch": lambda: torch.from_file(str(note), size=16, dtype=torch.uint8).sum(),
+        "write": lambda: (elsewhere / "mine").write_text("mine"),
+    }
+    if not landlocked():
+        pytest.skip("this kernel has no Landlock")
+    for name, reader in readers.items():
+        plug_in(monkeypatch, "attack", "reader", in_craft(reader))
+        with pytest.raises((RunFailed, RuntimeError), match=r"(?i)permission denied"):
+            federated(tmp_path / name, {"attack": "reader"})
+    assert os.listdir(elsewhere) == ["data.bin"]
+    told: list[str] = []
+    plug_in(monkeypatch, "attack", "asking", in_craft(lambda: told.extend(sys.argv)))
+    federated(tmp_path / "asking", {"attack": "asking"})
+    assert told == [""]
+
+
+def landlocked() -> bool:
+    found: list[bool] = []
+    thread = threading.Thread(target=lambda: found.append(Rules([]).enforce()))
+    thread.start()
+    thread.join()
+    return found[0]
 
 
 LOUD = {"open the vault", "read the scenario", "take the auditor's key", "load the data"}

@@ -16,7 +16,7 @@ from fedsim.defense import Batch, ClientContext, Defense, Tensors, Verdict
 from fedsim.models import build_model, load_arrays
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
-from tests.fedsim.small import NOBODY, federated, gray, plug_in
+from tests.fedsim.small import NOBODY, federated, gray, nudge, plug_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +43,11 @@ class Tailoring(Remembering):
     """Says in a bias which client it is for."""
 
     calls: ClassVar[list[int]] = []
+    seeds: ClassVar[list[int]] = []
 
     def tailor(self, sent: ModelToSend, client: int, server_round: int) -> ModelToSend:
         self.calls.append(client)
+        self.seeds.append(torch.initial_seed())
         name = next(name for name in sent.arrays if name.endswith("bias"))
         own = torch.full_like(sent.arrays[name], float(client))
         return dataclasses.replace(sent, arrays={**sent.arrays, name: own})
@@ -64,10 +66,48 @@ class Flooding(Remembering):
     def craft(
         self, expression: str, arrays: dict[str, Tensor], knowledge: Knowledge
     ) -> ModelToSend:
+        nudge(arrays)
         return ModelToSend(expression, arrays)
 
     def select(self, clients: Sequence[int], server_round: int) -> Sequence[int]:
         return [1, *clients[-self.sybils :]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peeping(Remembering):
+    """Sends the honest model, and looks for numbers of examples where they were."""
+
+    seen: ClassVar[list[int | None]] = []
+
+    def craft(
+        self, expression: str, arrays: dict[str, Tensor], knowledge: Knowledge
+    ) -> ModelToSend:
+        history = knowledge.history
+        self.seen.extend(view.num_examples for view in [*history, *history[:1], *history[-1:]])
+        return ModelToSend(expression, arrays)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparing(Peeping):
+    """Makes each client a model anew, and changes just one."""
+
+    def tailor(self, sent: ModelToSend, client: int, server_round: int) -> ModelToSend:
+        own = {name: tensor.clone() for name, tensor in sent.arrays.items()}
+        if client == 2:
+            nudge(own)
+        return dataclasses.replace(sent, arrays=own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wholly(Remembering):
+    """Makes each client a model of which all arrays are its own."""
+
+    calls: ClassVar[list[int]] = []
+
+    def tailor(self, sent: ModelToSend, client: int, server_round: int) -> ModelToSend:
+        self.calls.append(client)
+        own = {name: tensor + client for name, tensor in sent.arrays.items()}
+        return dataclasses.replace(sent, arrays=own)
 
 
 def bias(view: ServerView) -> Tensor:
@@ -83,6 +123,16 @@ def test_a_manipulator_reads_what_came_back_before(
     assert told == {1: 0.0, 2: 400.0 + 4 * 2, 3: 800.0 + 8 * 2}
 
 
+def test_what_a_manipulator_remembers_is_blanked_of_what_it_must_ask_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Peeping.seen.clear()
+    plug_in(monkeypatch, "attack", "peeping", Peeping)
+    ran = federated(tmp_path, {"attack": "peeping", "federation.rounds": 2})
+    assert Peeping.seen == [None] * 6
+    assert ran.federation["used"] == [Capability.UPDATES.value]
+
+
 def test_each_client_can_get_a_model_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +145,45 @@ def test_each_client_can_get_a_model_of_its_own(
         "sent a modified model, to each its own, to 4/4 clients in round 1"
         in (ran.federation["receipts"])
     )
+
+
+def test_a_model_that_is_the_honest_one_is_not_counted_as_modified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor one that is made anew for a client and says the same."""
+
+    plug_in(monkeypatch, "attack", "sparing", Sparing)
+    ran = federated(tmp_path, {"attack": "sparing"})
+    told = "sent a modified model, to each its own, to 1/4 clients in round 1"
+    assert ran.federation["receipts"] == [told]
+
+
+def test_tailoring_happens_outside_what_is_seeded_for_a_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There, the process's global generators are the client's secret stream."""
+    Tailoring.calls.clear()
+    Tailoring.seeds.clear()
+    plug_in(monkeypatch, "attack", "tailoring", Tailoring)
+    federated(tmp_path, {"attack": "tailoring"})
+    seeds = {
+        client: {seed for one, seed in zip(Tailoring.calls, Tailoring.seeds, strict=True)
+                 if one == client}
+        for client in range(4)
+    }  # fmt: skip
+    assert seeds[0] == seeds[1] == seeds[2] == seeds[3]
+
+
+def test_a_model_of_ones_own_is_made_once_to_be_told_sent_and_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many arrays of it are the client's own."""
+
+    Wholly.calls.clear()
+    plug_in(monkeypatch, "attack", "wholly", Wholly)
+    federated(tmp_path, {"attack": "wholly", "federation.rounds": 2})
+    # The last round's are measured as well.
+    assert max(Wholly.calls.count(client) for client in range(4)) <= 2 * 3 + 1
 
 
 def test_the_federation_says_what_clients_got_beside_the_honest_model(

@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedsim import client_app
+from fedsim.data import DataSpec
 from fedsim.defense import Batch, ClientContext, Defense, Effect, Tensors, Verdict
 from fedsim.engines.inline import run_inline
 from fedsim.errors import RunFailed
+from fedsim.models import build_model
 from fedsim.receipts import measured_batch, measured_update
-from tests.fedsim.small import federated, latest, meddling, plug_in, scenario, watching
+from tests.fedsim.small import federated, latest, meddling, nudge, plug_in, scenario, watching
 
 CTX: Any = None
 UPDATE = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0])}
@@ -116,7 +119,8 @@ class Sparse(Defense):
 def _plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     plug_in(monkeypatch, "attack", "watching", watching(lambda views, knowledge: list(views)))
     plug_in(monkeypatch, "attack", "blind", watching(lambda views, knowledge: None))
-    plug_in(monkeypatch, "attack", "meddling", meddling(lambda arrays, knowledge: None))
+    plug_in(monkeypatch, "attack", "meddling", meddling(nudge))
+    plug_in(monkeypatch, "attack", "mild", meddling(lambda arrays, knowledge: None))
     for name, one in {
         "idle": Idle, "blinking": Blinking, "suspicious": Suspicious, "sparse": Sparse,
     }.items():  # fmt: skip
@@ -163,6 +167,11 @@ def test_a_manipulation_says_whom_it_reached(tmp_path: Path) -> None:
     assert report["federation"]["receipts"] == ["sent a modified model to 4/4 clients in round 1"]
 
 
+def test_a_manipulation_that_changes_no_model_fails_loudly(tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match="'mild' manipulates the model, yet no client was sent"):
+        run_inline(scenario(tmp_path, {"attack": "mild"}), "a test")
+
+
 def test_a_client_that_refuses_the_model_is_named_with_what_it_measured(tmp_path: Path) -> None:
     page = run_inline(scenario(tmp_path, {"attack": "watching", "defenses": "suspicious"}), "test")
     report = json.loads(page.with_suffix(".json").read_text())
@@ -173,6 +182,23 @@ def test_a_client_that_refuses_the_model_is_named_with_what_it_measured(tmp_path
     assert verdicts[0].startswith("refused")
     assert verdicts[3] == "accepted"
     assert all(one["checks"]["largest"] > 0 for one in report["detection"])
+
+
+def test_clients_that_refuse_cost_no_model_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one who refused it looked at a copy: the next client gets the same."""
+    built: list[str] = []
+
+    def build(expression: str, spec: DataSpec) -> nn.Module:
+        built.append(expression)
+        return build_model(expression, spec)
+
+    monkeypatch.setattr(client_app, "build_model", build)
+    defense = "suspicious(refusing=3)"
+    ran = federated(tmp_path, {"attack": "watching", "defenses": defense})
+    assert [client for _, client, _ in ran.failures] == [0, 1, 2]
+    assert built == ["mlp(hidden=[8])"]
 
 
 def test_the_vault_holds_what_was_trained_on(tmp_path: Path) -> None:

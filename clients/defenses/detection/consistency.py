@@ -77,6 +77,10 @@ class Consistency(Defense):
     refuse_above: Annotated[float, Field(ge=0, lt=1)] | None = None
     witnesses: Annotated[int, Field(ge=0)] = 0
 
+    def shared(self) -> list[Path]:
+        """Return where the board lies."""
+        return [self.root]
+
     def inspect(
         self,
         model: nn.Module,  # noqa: ARG002

@@ -26,7 +26,7 @@ from torchvision.io import read_file
 
 from fedsim import seeds
 from fedsim.audit import sealing
-from fedsim.audit.guard import run_sealed, sealed
+from fedsim.audit.guard import Cell, run_sealed, sealed
 from fedsim.audit.landlock import restrict
 from fedsim.audit.vault import Vault, VaultRecord, deposit
 
@@ -238,6 +238,38 @@ def test_the_secret_key_is_not_in_the_environment(vault, monkeypatch):
     monkeypatch.setenv("FEDSIM_SECRET_KEY", "00" * 32)
     assert run_sealed(lambda: os.environ.get("FEDSIM_SECRET_KEY"), paths=[vault]) is None
     assert os.environ["FEDSIM_SECRET_KEY"] == "00" * 32
+
+
+def test_what_the_process_was_started_with_is_hidden(vault, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fedsim", "run", "mine.toml", "seed=11"])
+    monkeypatch.setenv("FEDSIM_COMMAND", "fedsim run mine.toml seed=11")
+    before = sys.argv, sys.orig_argv
+    told = run_sealed(
+        lambda: [*sys.argv, *sys.orig_argv, os.environ.get("FEDSIM_COMMAND")], paths=[vault]
+    )
+    assert told == ["", "", None]
+    assert (sys.argv, sys.orig_argv) == before
+    assert os.environ["FEDSIM_COMMAND"]
+
+
+def test_code_that_looked_absent_from_within_is_found_afterwards(vault, monkeypatch):
+    """Where a folder of ``sys.path`` cannot be listed, an import remembers it as empty."""
+    monkeypatch.syspath_prepend(str(vault.parent))
+    (vault.parent / "here_all_along.py").write_text("")
+    sys.modules.pop("colorsys", None)
+    run_sealed(lambda: importlib.import_module("colorsys"), paths=[vault])
+    assert importlib.import_module("here_all_along")
+
+
+def test_a_cell_is_walled_once_for_many_calls(vault):
+    views = vault.parent / "views"
+    views.mkdir()
+    cell = Cell([vault.parent], [views], readable=[], writable=[])
+    for number in range(3):
+        (views / "new").write_text(str(number))
+        assert cell((views / "new").read_text) == str(number)
+        with pytest.raises(PermissionError, match="attack code tried to touch a sealed path"):
+            cell((vault / FILE).read_bytes)
 
 
 def test_honest_work_goes_on_under_the_seal(vault, tmp_path):

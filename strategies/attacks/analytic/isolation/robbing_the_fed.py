@@ -97,7 +97,7 @@ class RobbingTheFed(Manipulation):
         "256 images, 32768 virtual bins (authors' notebook)",
         measured="CIFAR-10, batches of 64, float32, cut-offs from other images: share of images "
         "above 30 dB 0.783 with 256 bins, 0.947 with 1000; sparse after 8 local steps 0.866 with "
-        "256 (FEDSIM_TEST_DATA=... pytest -s tests/strategies/isolation/test_published_figures.py).  "
+        "256 (pytest -s tests/strategies/isolation/test_published_figures.py, FEDSIM_TEST_DATA).  "
         "Photo tiles: fedsim run scenarios/robbing_the_fed.toml (4 x 64 images, 256 bins): 179 of "
         "256 exact, 204 at 20 dB; robbing_the_fed_secagg.toml (8 x 8, one quantized sum): 54 of 64 "
         "at 20 dB, median 50 dB; robbing_the_fed_fedavg.toml (sparse, 512 bins, 141 images a "
