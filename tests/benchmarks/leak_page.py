@@ -17,7 +17,7 @@ AXES = {"clients": "clients in the sum", "steps": "local steps"}
 INTRO = """# Leak rate by clients behind SecAgg+, and by local steps
 
 Every figure is the share of images that came back, matched one to one by the auditor: at 20 dB, in
-parentheses at 30 dB. `law` is what is expected, in closed form. {data}; one round.
+parentheses at 30 dB. `law` is what is expected, in closed form. {data}.
 
 ![Leak rate by clients and by local steps]({figure})
 
@@ -153,7 +153,7 @@ def settings(rows: Sequence[Row]) -> str:
     text += "| --- | --- | --- | --- | --- | --- |\n"
     for row in rows:
         setup = row.setup
-        if row.refusal is None:
+        if row.refusal is None and setup.label != "exact":
             local = setup.local.replace("{images}", str(setup.images))
             more = "" if setup.defenses == "none" else f"; `{setup.defenses}`"
             sums = " / ".join(str(len(told)) for told in row.points.values())
@@ -169,7 +169,7 @@ def draw(file: Path, rows: Sequence[Row], own: Tensor) -> None:
     with plt.rc_context(plain):
         canvas, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True)
         names = sorted({row.setup.shown for row in rows if row.refusal is None})
-        colors = {name: plt.get_cmap("tab10")(at) for at, name in enumerate(names)}
+        colors = {name: plt.get_cmap("tab20")(at) for at, name in enumerate(names)}
         for axis, panel in zip(AXES, axes, strict=True):
             for row in rows:
                 if row.setup.axis == axis and row.refusal is None:

@@ -197,8 +197,10 @@ SUMMED = (
     ),
     Setup(
         "model-inconsistency(then='robbing-the-fed(units=32)')",
-        "All others' models are dead: the share is of the target's images, whose bins are its own.",
+        "All others' models are dead: the share is of the target's images, whose bins are its own, "
+        "eight a sum.",
         target=0,
+        federations=(8, 4, 3),
         law=alone_at_home(32, 8),
     ),
     Setup(
@@ -274,7 +276,7 @@ STEPPED = (
     Setup(
         "loki(units=128, bins='empirical')",
         "A hundred times the rate of LOKI's demonstration: the scale is worked out on the model as "
-        "sent, and after some of 32 such steps the model behind the blocks is another.",
+        "sent, and at this rate the model behind the blocks trains on.",
         label="rate 0.01",
         law=pushed_out(128, 32),
         **_AVERAGED | _FASTER,
