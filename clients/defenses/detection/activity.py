@@ -44,10 +44,10 @@ class Activity(Defense):
 
     paper: ClassVar[Paper] = Paper(
         title="Eluding Secure Aggregation in Federated Learning via Model Inconsistency",
-        authors="Pasquini, Francati, Ateniese (the suppression; the check is ours)",
+        authors="Pasquini, Francati, Ateniese",
         venue="CCS",
         year=2022,
-        published="none",
+        published="none: the paper has the suppression, the check is ours",
         measured="docs/detection.md (python tests/benchmarks/detection.py)",
     )
     toy: ClassVar[ToyCase] = ToyCase(

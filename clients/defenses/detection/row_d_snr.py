@@ -52,10 +52,10 @@ class RowDSNR(Defense):
 
     paper: ClassVar[Paper] = Paper(
         title="Hiding in Plain Sight: Disguising Data Stealing Attacks in Federated Learning",
-        authors="Garov, Dimitrov, Jovanović, Vechev (the layer-wise ratio; by rows it is ours)",
+        authors="Garov, Dimitrov, Jovanović, Vechev",
         venue="ICLR",
         year=2024,
-        published="none by rows",
+        published="none by rows: the paper has the ratio of layers",
         measured="docs/detection.md (python tests/benchmarks/detection.py)",
     )
     toy: ClassVar[ToyCase] = ToyCase(

@@ -60,12 +60,13 @@ class SelfAudit(Defense):
     """
 
     paper: ClassVar[Paper] = Paper(
-        title="Robbing the Fed; When the Curious Abandon Honesty (the read-outs; using them on "
-        "oneself is ours)",
-        authors="Fowl et al.; Boenisch et al.",
-        venue="ICLR; EuroS&P",
-        year=2023,
-        published="none",
+        title="Robbing the Fed: Directly Obtaining Private Data in Federated Learning with "
+        "Modified Models",
+        authors="Fowl, Geiping, Czaja, Goldblum, Goldstein",
+        venue="ICLR",
+        year=2022,
+        published="none: the read-outs are theirs and of Boenisch et al. (EuroS&P 2023), using "
+        "them on oneself is ours",
         measured="docs/detection.md (python tests/benchmarks/detection.py)",
     )
     toy: ClassVar[ToyCase] = ToyCase(

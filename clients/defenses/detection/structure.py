@@ -87,11 +87,14 @@ class Structure(Defense):
     """
 
     paper: ClassVar[Paper] = Paper(
-        title="the constructions' own papers; checks on arrays are ours",
-        authors="Fowl et al.; Boenisch et al.; Wen et al.; Pasquini et al.; Zhao et al.",
-        venue="ICLR, EuroS&P, ICML, CCS, CVPR",
-        year=2023,
-        published="none",
+        title="Robbing the Fed: Directly Obtaining Private Data in Federated Learning with "
+        "Modified Models",
+        authors="Fowl, Geiping, Czaja, Goldblum, Goldstein",
+        venue="ICLR",
+        year=2022,
+        published="none: what is looked for are the constructions of this paper, Boenisch et al. "
+        "(EuroS&P 2023), Wen et al. (ICML 2022), Pasquini et al. (CCS 2022) and Zhao et al. (CVPR "
+        "2023); the checks are ours",
         measured="docs/detection.md (python tests/benchmarks/detection.py)",
     )
     toy: ClassVar[ToyCase] = ToyCase(

@@ -69,6 +69,8 @@ from strategies.attacks.labels.rule import classifier
 
 # What exp() makes nothing of: a logit so much below another has probability 0 in float32.
 SILENT = 100.0
+# Images may move the features so many times as far as noise does.
+CAUTION = 2.0
 
 
 @register("attack", "fishing")
@@ -191,10 +193,10 @@ class Fishing(Manipulation):
             raise ValueError(f"there is no class {self.target}: 0 to {layer.out_features - 1}")
         if self.by == "class":
             loudest = max(1.0, self.alpha) * float(features(model, layer).sum(dim=1).abs().max())
-            if (least := loudest + SILENT) > self.bias:
+            if (least := CAUTION * loudest + SILENT) > self.bias:
                 raise ValueError(
                     f"bias={self.bias:g} would not silence the other classes: this model's "
-                    f"features add up to {loudest:.0f}; let bias be at least {2 * least:.0f}"
+                    f"features add up to {loudest:.0f}; let bias be at least {least:.0f}"
                 )
         self.inner.check(model, kind)
 
