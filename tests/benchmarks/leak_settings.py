@@ -184,7 +184,7 @@ SUMMED = (
     ),
     Setup(
         "loki(units=32, bins='empirical')",
-        "Bins of its own for each client: the sum takes nothing away.  Two local steps.",
+        "Bins of its own for each client: the sum takes nothing away. Two local steps.",
         local="fedavg(epochs=1, batch_size=4, lr=0.005)",
         federations=SAME,
         law=pushed_out(32, 8, steps=2),
@@ -206,14 +206,15 @@ SUMMED = (
     Setup(
         "curious-abandon-honesty(together={together})",
         "A trap is of use if one image of the whole sum falls into it: 256 rows are few for 256 "
-        "images.  The law knows who is alone in a row; reading it wants two rows that agree.",
+        "images. The law knows who is alone in a row; reading it wants two rows that agree.",
         model="mlp(hidden=[256])",
         law=trapped(256),
     ),
     Setup(
         "scale-mia(epochs=20)",
         "All clients share 256 bins, and of the codes that are alone the decoder, trained on 1,000 "
-        "images, shows a part at 18 dB; the law counts the codes.",
+        "images, shows most at 18 dB, as it does mixtures of codes that are alike; the law counts "
+        "the codes that are alone.",
         model="cnn(hidden=[256, 64])",
         federations=(3, 1, 1),
         criterion=18.0,
@@ -244,7 +245,7 @@ SUMMED = (
     ),
     Setup(
         "secagg-unmasking(then='linear-inversion')",
-        "It takes every single upload out of the protocol: there is no sum.  One image a client.",
+        "It takes every single upload out of the protocol: there is no sum. One image a client.",
         threat="F",
         images=1,
         law=lambda *_: 1.0,
@@ -315,7 +316,7 @@ STEPPED = (
     Setup(
         "secagg-unmasking(then='linear-inversion')",
         "The upload that it unmasks is a multiple of one image's gradient after any number of "
-        "steps.  One image a client.",
+        "steps. One image a client.",
         threat="F",
         **_AVERAGED | _FASTER | {"images": 1, "channel": "secagg(max_weight=1)"},
     ),
