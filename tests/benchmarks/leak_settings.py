@@ -55,6 +55,7 @@ class Setting:
             "channel": self.channel,
             "defenses": self.defenses,
             "model.name": self.model,
+            "model.batchnorm": "private" if "norm='batch'" in self.model else "frozen",
             "federation.local": self.local,
             "federation.clients": self.holders,
             "federation.rounds": self.rounds,
@@ -219,6 +220,16 @@ SUMMED = (
         federations=(3, 1, 1),
         criterion=18.0,
         law=alone_in_sum(256, 8),
+    ),
+    Setup(
+        "seer(mode='thresh', clients={clients}, steps=0)",
+        "One image of a sum at best, if just one is above the threshold: hardly more than a guess "
+        "at this size. The start alone, which its training does not improve here.",
+        model="convnet(width=16, stride=2, norm='batch', hidden=[16])",
+        images=16,
+        rounds=4,
+        federations=(4, 1, 1),
+        criterion=18.0,
     ),
     Setup(
         "cocktail-party",

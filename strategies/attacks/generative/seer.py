@@ -39,8 +39,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedsim.attack import Cost, Manipulation, ModelToSend, Paper, Reconstruction, ToyCase
-from fedsim.errors import NotGranted
+from fedsim.attack import Cost, Manipulation, ModelToSend, Paper, Reconstruction, Setting, ToyCase
+from fedsim.errors import NotGranted, ScenarioError
 from fedsim.models import build_model, is_buffer, load_arrays, travelling
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
@@ -166,16 +166,27 @@ class Seer(Manipulation):
         if self.property in COLORS and model.spec.shape[0] != 3:  # type: ignore[index]
             raise ValueError(f"{self.property!r} is a property of images in color; use 'bright'")
 
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse statistics that are not the batch's, and sums of other sizes than ``clients``."""
+        if setting.batchnorm == "frozen":
+            raise ScenarioError(
+                "model.batchnorm",
+                setting.batchnorm,
+                "with frozen statistics a batch's images do not know of each other; seer needs "
+                "'private' or 'shared'",
+            )
+        summed = setting.cohort if setting.channel.aggregates else 1
+        if self.clients != summed:
+            raise ValueError(
+                f"clients={self.clients} of seer is how many batches are in a sum, and here it is "
+                f"{summed}; write clients={summed}" + ", mode='thresh'" * (summed > 1)
+            )
+
     # -- what is sent ----------------------------------------------------------------------------
     def craft(
         self, expression: str, arrays: dict[str, Tensor], knowledge: Knowledge
     ) -> ModelToSend:
         """Train the network with a decoder; later rounds get the network of the first."""
-        if knowledge.batchnorm == "frozen":
-            raise ValueError(
-                "with frozen statistics a batch's images do not know of each other; seer needs "
-                "model.batchnorm = 'private' or 'shared'"
-            )
         if knowledge.history:
             first = knowledge.history[0]
             # A saved view has its arrays in another order, and SecAgg+ goes by the order.
