@@ -1,6 +1,6 @@
 """R-GAP: recover each layer's input from the last layer back to the image, by least squares.
 
-Zhu and Blaschko, "R-GAP: Recursive Gradient Attack on Privacy", ICLR 2021, Sec. 3.  For one
+Zhu and Blaschko, "R-GAP: Recursive Gradient Attack on Privacy", ICLR 2021.  For one
 example, a network without biases and an activation that can be inverted, three things are known of
 a convolution ``z = W x`` once what lies behind it is: its output z, ``k = dL/dz``, and the observed
 ``g = dL/dW``.  All are linear in x:
@@ -13,7 +13,7 @@ The least-squares x is the layer before's activation: undone, it gives that laye
 activation's slope give its k.  Where the rows have less than full column rank an image comes back
 with what is missing set to zero, and so the paper reads off an architecture what it leaks.
 
-The start (Sec. 3.1, Eq. 5 to 7): the linear head's gradient is ``delta h^T``, rank one, which gives
+The start: the linear head's gradient is ``delta h^T``, rank one, which gives
 ``delta = dL/dlogits`` and h up to one scale.  The paper's network has a single logit and logistic
 loss, and the scale comes from ``-u / (1 + e^u) = <w, g>``; below zero that has two roots, *twins*
 of equal gradient.  Here clients train by cross-entropy over K logits:
@@ -281,7 +281,7 @@ def _start(label: int, features: Tensor, logits: Tensor, size: Tensor) -> Start:
 
 
 def binary_roots(product: float) -> list[float]:
-    """Return the u with ``-u / (1 + e^u) = product`` (Eq. 7): one, two, or none.
+    """Return the u with ``-u / (1 + e^u) = product``: one, two, or none.
 
     With ``q = u + product`` it reads ``-q e^-q = product e^-product``: Lambert's W.
     """
@@ -403,7 +403,7 @@ def _invert(view: ServerView, knowledge: Knowledge, index: int, total: int) -> _
 def recursion(
     network: Network, weight: dict[str, Tensor], update: dict[str, Tensor], start: Start
 ) -> Iterator[Solved]:
-    """Yield each convolution's input, the last one's first (Sec. 3.4, Algorithm 1)."""
+    """Yield each convolution's input, the last one's first (Algorithm 1)."""
     features, k = start.features, start.delta @ weight[f"{network.head}.weight"]
     for layer in reversed(network.convolutions):
         w = weight[f"{layer.name}.weight"]
