@@ -95,6 +95,29 @@ def test_clipping_and_local_rates_cancel_with_more_than_two_classes(factor):
     assert psnr(images, ATTACK.reconstruct([weights], client.knowledge()).examples) > 80
 
 
+def test_clipping_costs_nothing_and_noise_of_a_millionth_all():
+    reached = {"clipped": [], "noisy": []}
+    for seed in range(4):
+        client = Honest("cnn6", small(), seed=seed)
+        images, labels = one(seed, small(), torch.float32)
+        view = client.gradient(images, labels)
+        generator = torch.Generator().manual_seed(seed)
+        uploads = {
+            "clipped": {name: 0.01 * g for name, g in view.received.items()},
+            "noisy": {
+                name: g + 1e-6 * torch.randn(g.shape, generator=generator)
+                for name, g in view.received.items()
+            },
+        }
+        for what, upload in uploads.items():
+            other = ServerView(1, view.senders, view.model, view.sent, upload, "gradient")
+            found = ATTACK.reconstruct([other], client.knowledge())
+            reached[what].append(psnr(images, found.examples).item())
+    print({what: [round(value, 1) for value in values] for what, values in reached.items()})
+    assert min(reached["clipped"]) > 60
+    assert max(reached["noisy"]) < 30
+
+
 def test_every_constraint_holds_for_the_true_input():
     network, weight, gradient, inputs, outputs, ks = pieces("cnn6", small(), 0)
     for layer, x, z, k in zip(network.convolutions, inputs, outputs, ks, strict=True):
