@@ -12,19 +12,16 @@ known at threat model C; below it, it is inferred from the fact that a class whi
 has ``b_c = mean_p_c``, and no class can have more.
 """
 
-import copy
 from dataclasses import dataclass
 from math import ceil
 
-import torch
 from torch import Tensor, nn
 
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
-from strategies.attacks.labels.rule import LabelRule, classifier
-
-PROBES = 256
+from strategies.attacks.labels.probing import probe
+from strategies.attacks.labels.rule import LabelRule, biased_classifier, listed, moved
 
 
 @register("labels", "analytic")
@@ -40,12 +37,7 @@ class Analytic(LabelRule):
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model that does not end in a fully connected layer with a bias."""
-        name, layer = classifier(model)
-        if layer.bias is None:
-            raise ValueError(
-                f"the last layer {name!r} has no bias to read label counts from; use "
-                "labels='idlg' for one example, labels='oracle', or a model with that bias"
-            )
+        biased_classifier(model)
 
     def labels(
         self, view: ServerView, model: nn.Module, batch_size: int, knowledge: Knowledge
@@ -57,49 +49,39 @@ class Analytic(LabelRule):
         ValueError
             If the bias gradient is not in the update or not finite.
         """
-        name, _ = classifier(model)
-        moved = view.update().get(f"{name}.bias")
-        if moved is None or not moved.isfinite().all():
-            raise ValueError(f"{view.label} has no finite gradient of {name}.bias to read")
+        bias = moved(view, model, "bias")
         mean_p = mean_prediction(model, view, knowledge)
-        gradient = moved.double().cpu() * _per_step(view, moved, mean_p, batch_size, knowledge)
+        gradient = bias * per_step(view, bias, mean_p, batch_size, knowledge)
         counts = largest_remainder(batch_size * (mean_p - gradient), batch_size)
-        return torch.repeat_interleave(torch.arange(len(counts)), counts)
+        return listed(counts)
 
 
 def mean_prediction(model: nn.Module, view: ServerView, knowledge: Knowledge) -> Tensor:
     """Return the mean predicted probability ``[K]``, float64, on what the adversary has."""
-    parameter = next(model.parameters())
-    generator = knowledge.generator(view.label, "mean prediction")
-    if Capability.SURROGATE in knowledge.granted:
-        surrogate = knowledge.surrogate
-        chosen = torch.randperm(len(surrogate), generator=generator)[:PROBES]
-        images, _ = surrogate.batch(chosen, parameter.dtype)
-    else:
-        spec = knowledge.basics.data
-        noise = torch.randn(PROBES, *spec.shape, generator=generator)
-        std, mean = (torch.tensor(v).view(-1, 1, 1) for v in (spec.std, spec.mean))
-        images = (noise * std + mean).to(parameter.dtype)
-    with torch.no_grad():
-        # A copy: in train mode a forward pass moves BatchNorm's running statistics.
-        logits: Tensor = copy.deepcopy(model)(images.to(parameter.device))
-    return logits.double().softmax(dim=1).mean(dim=0).cpu()
+    return probe(model, view, knowledge).probabilities.mean(dim=0)
 
 
-def _per_step(
-    view: ServerView, moved: Tensor, mean_p: Tensor, batch_size: int, knowledge: Knowledge
+def per_step(
+    view: ServerView, update: Tensor, absent: Tensor, batch_size: int, knowledge: Knowledge
 ) -> float:
-    """Return the factor that turns what moved into a mean gradient."""
+    """Return the factor that turns an update ``[K]`` into a mean gradient.
+
+    ``absent`` is, ``[K]``, what the gradient would be for classes that do not occur.
+    """
     if view.kind == "gradient":
         return 1.0
     if Capability.DETAILS in knowledge.granted:
-        training = knowledge.training
-        steps = training.epochs * ceil(batch_size / training.batch_size)
-        return 1.0 / (training.lr * steps)
-    rising = moved.cpu() > 0
+        return 1.0 / (knowledge.training.lr * local_steps(batch_size, knowledge))
+    rising = update > 0
     if not rising.any():
         return 1.0
-    return float((mean_p[rising] / moved.double().cpu()[rising]).min())
+    return float((absent[rising] / update[rising]).min())
+
+
+def local_steps(batch_size: int, knowledge: Knowledge) -> int:
+    """Return how many steps a client takes over so many examples (needs ``DETAILS``)."""
+    training = knowledge.training
+    return training.epochs * ceil(batch_size / training.batch_size)
 
 
 def largest_remainder(shares: Tensor, total: int) -> Tensor:

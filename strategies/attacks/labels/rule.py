@@ -5,8 +5,9 @@ For mean cross-entropy with one-hot labels the gradient of the last layer's bias
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from fedsim.data import DataSpec
@@ -71,3 +72,41 @@ def classifier(model: nn.Module) -> tuple[str, nn.Linear]:
             "use labels='oracle' or a model that ends in one"
         )
     return found[-1]
+
+
+def biased_classifier(model: nn.Module) -> tuple[str, nn.Linear]:
+    """Return :func:`classifier`, where it has a bias.
+
+    Raises
+    ------
+    ValueError
+        If there is no such layer, or it has none.
+    """
+    name, layer = classifier(model)
+    if layer.bias is None:
+        raise ValueError(
+            f"the last layer {name!r} has no bias to read label counts from; use labels='idlg' "
+            "for one example, a rule that reads the weights ('llg', 'gradinversion', 'rlg', or "
+            "'fedavg-counts' with read='weight'), labels='oracle', or a model with that bias"
+        )
+    return name, layer
+
+
+def moved(view: ServerView, model: nn.Module, part: Literal["weight", "bias"]) -> Tensor:
+    """Return what the update says of the last layer: ``[K, d]`` or ``[K]``, float64 on the CPU.
+
+    Raises
+    ------
+    ValueError
+        If it is not in the update or not finite.
+    """
+    name = f"{classifier(model)[0]}.{part}"
+    found = view.update().get(name)
+    if found is None or not found.isfinite().all():
+        raise ValueError(f"{view.label} has no finite gradient of {name} to read")
+    return found.detach().double().cpu()
+
+
+def listed(counts: Tensor) -> Tensor:
+    """Turn counts ``[K]`` into sorted labels, each as often as it was counted."""
+    return torch.repeat_interleave(torch.arange(len(counts)), counts)
