@@ -83,7 +83,7 @@ class Spear(Attack):
         measured="mlp(hidden=[400], normalize=True), every batch exact and lambda 1. photo-tiles, "
         "4 batches of 8: float32 153 dB at least, float64 200 (the cap), 390 to 1,483 draws "
         "(scenarios/spear.toml); CIFAR-10, 3 batches of 8: 156 and 200 dB, one of 16: 155 and 200 "
-        "dB in 790,000 draws (FEDSIM_TEST_DATA=... python -m pytest -m slow -s "
+        "dB (FEDSIM_TEST_DATA=... python -m pytest -m slow -s "
         "tests/strategies/passive/test_spear.py)",
     )
     needs = frozenset({Capability.UPDATES, Capability.BASICS})
