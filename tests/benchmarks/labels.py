@@ -227,7 +227,7 @@ def measure(case: Case, count: int) -> dict[str, Scores]:
 # -- the page --------------------------------------------------------------------------------------
 SIZES = {10: (1, 8, 32, 64, 256), 100: (1, 8, 24, 64, 256)}
 TRAINED = (0, 60, 600)
-# Measured before with a separate implementation of the same rules on the same network; 30 trials.
+# Measured before with a separate implementation of the same rules on the same layers; 30 trials.
 POINTS: tuple[tuple[str, Case, dict[str, str]], ...] = (
     (
         "100 classes, 24 images",
@@ -388,7 +388,8 @@ def grid(cases: Sequence[tuple[str, Case]], count: int, *, by_class: bool = Fals
 def points(count: int) -> str:
     """Return the points that were measured before, beside this run's figures."""
     text = "\n## Points measured before\n\nBy a separate implementation of the same rules on the "
-    text += "same network, 30 trials; noise where a rule runs the model.\n\n"
+    text += "same layers, 30 trials, noise where a rule runs the model; how that one was trained is "
+    text += "not known to match.\n\n"
     text += "| setting | rule | before | here |\n| --- | --- | --- | --- |\n"
     for name, case, before in POINTS:
         for rule, figure in before.items():
