@@ -388,8 +388,8 @@ def grid(cases: Sequence[tuple[str, Case]], count: int, *, by_class: bool = Fals
 def points(count: int) -> str:
     """Return the points that were measured before, beside this run's figures."""
     text = "\n## Points measured before\n\nBy a separate implementation of the same rules on the "
-    text += "same layers, 30 trials, noise where a rule runs the model; how that one was trained is "
-    text += "not known to match.\n\n"
+    text += "same layers, 30 trials, noise where a rule runs the model; how that one was trained "
+    text += "is not known to match.\n\n"
     text += "| setting | rule | before | here |\n| --- | --- | --- | --- |\n"
     for name, case, before in POINTS:
         for rule, figure in before.items():
