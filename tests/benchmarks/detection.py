@@ -346,7 +346,7 @@ def tables(cases: dict[str, Case], benign: dict[int, list[Round]], failed: dict[
         held_out_table(checks, benign),
         "### Limits\n",
         "At 1 % / at 5 %, over all models, seeds and stages but the untrained: what to write into "
-        "`refuse_above` and its like.\n",
+        "`refuse_above` and its like.  A share cannot exceed 1: there nothing sets off an alarm.\n",
         limits_table(checks, benign),
     ]
     if failed:
