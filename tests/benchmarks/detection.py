@@ -25,6 +25,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 import secrets
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -165,9 +166,11 @@ def watched(case: Flat, seed: int) -> Flat:
 
 
 def twin(case: Flat) -> Flat:
-    """Return the same federation with an honest server."""
+    """Return the same federation with an honest server, who brings no devices of its own."""
+    cohort = f"cohort={case.get('federation.clients', 1)}"
+    alone = re.sub(r"\bcohort=\d+", cohort, str(case.get("defenses", "none")))
     unasked: Flat = {"data.known": "none"} if "data.known" in case else {}
-    return {**case, "attack": "none", "oracles": "none", **unasked}
+    return {**case, "attack": "none", "oracles": "none", "defenses": alone, **unasked}
 
 
 def measured(case: Flat, cache: Path, *, anew: bool = False) -> list[Round]:
