@@ -34,13 +34,13 @@ def per_example_gradients(model: nn.Module, batch: Batch) -> Iterator[Tensors]:
     if _examples_touch(model):
         yield from _one_by_one(model, parameters, batch, together)
         return
-    try:
-        for at in range(0, len(batch[1]), together):
-            some = slice(at, at + together)
-            yield _at_once(model, parameters, (batch[0][some], batch[1][some]))
-    except RuntimeError:
-        # The server chose this architecture, and it may do what vmap cannot follow.
-        yield from _one_by_one(model, parameters, batch, together)
+    for at in range(0, len(batch[1]), together):
+        some = batch[0][at : at + together], batch[1][at : at + together]
+        try:
+            yield _at_once(model, parameters, some)
+        except RuntimeError:
+            # The server chose this architecture, and it may do what vmap cannot follow.
+            yield from _one_by_one(model, parameters, some, together)
 
 
 def _examples_touch(model: nn.Module) -> bool:

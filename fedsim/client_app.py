@@ -171,7 +171,7 @@ def _respond(
     split = _own_data(parts, context)
     data = LocalData(split, parts.device, parts.dtype)
     ctx = _defense_context(parts, context, cast(int, config["server-round"]), len(data))
-    ctx.model = own[0]
+    ctx.model, ctx.places = own[0], places_in(msg.content)
     probe = parts.local.probe(data, ctx)
     _worker.idle = {own: model}  # who refuses it has not touched it: each looks at a copy
     verdicts = _inspect(model, defenses, probe, ctx)
@@ -189,8 +189,7 @@ def _respond(
     _worker.idle = {own: model}
     _refuse(verdicts, ctx, vault_root(context))
     if parts.channel.masks:
-        places = places_in(msg.content)
-        upload = {name: whole(tensor, places.get(name)) for name, tensor in upload.items()}
+        upload = {name: whole(tensor, ctx.places.get(name)) for name, tensor in upload.items()}
     if truth:
         record = _record(parts, ctx, split, trained.indices, defenses)
         kept = upload if parts.attack is not None and parts.channel.masks else record.upload

@@ -84,6 +84,8 @@ class ClientContext:
         The expression of the model that the server sent.
     run_id : int
         The run that this client takes part in.
+    places : dict of str to tuple of int
+        Which arrays it was told to place in a larger one, and where (:mod:`fedsim.placing`).
     """
 
     client: int
@@ -96,6 +98,7 @@ class ClientContext:
     step: int = 0
     model: str = ""
     run_id: int = 0
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def effect(self, defense: "Defense") -> Effect:
         """Return the sums in which this defense's doings are counted."""

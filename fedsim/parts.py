@@ -95,6 +95,8 @@ class Parts:
         """Private images that the attacker holds too, each ``[C, H, W]`` float64 in ``[0, 1]``."""
         text, count = self.scenario.data.known, len(self.dataset.train)
         places = [] if text == "none" else [int(word) for word in text.split(",")]
+        if len(set(places)) < len(places):
+            raise ScenarioError("data.known", text, "an image stands there twice; name each once")
         if beyond := [place for place in places if place >= count]:
             raise ScenarioError(
                 "data.known", text, f"there are {count} private images; {beyond[0]} is none of them"

@@ -19,6 +19,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from torch import nn
 
 from fedsim import registry, report
 from fedsim.adversary import build_knowledge, reconstruct
@@ -231,7 +232,9 @@ def accuracy(
 ) -> float | None:
     """Return the share of a split that a model classifies rightly; None where it is empty.
 
-    The model is the scenario's unless another ``expression`` is given.
+    The model is the scenario's unless another ``expression`` is given.  Where clients keep
+    BatchNorm's statistics to themselves there are none to classify with: it takes those of up to
+    512 images at once, as clients in training take their batch's.
     """
     if not len(split):
         return None
@@ -239,6 +242,9 @@ def accuracy(
     model = build_model(expression, parts.spec).to(parts.dtype)
     load_arrays(model, {name: array.numpy() for name, array in arrays.items()})
     model = model.eval().to(parts.device)
+    if parts.scenario.model.batchnorm == "private":
+        for layer in model.modules():
+            layer.train(isinstance(layer, nn.modules.batchnorm._BatchNorm))
     right = 0
     with torch.inference_mode():
         for indices in torch.split(torch.arange(len(split)), 512):

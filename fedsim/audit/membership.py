@@ -31,7 +31,8 @@ def membership(
         if len(whole) < len(asked):
             continue
         image = reconstruction.examples[at : at + 1]
-        true.append(any(bool((mse(image, one.examples) < EXACT).any()) for one in whole))
+        held = [one.examples for one in whole if len(one.examples)]  # who refused used none
+        true.append(any(bool((mse(image, examples) < EXACT).any()) for examples in held))
         said.append(bool(reconstruction.present[at]))
     if not said:
         return "the vault lacks the data that the attack asked about"

@@ -170,8 +170,8 @@ class FederationPart(_Part):
 class Sent(_Part):
     """What clients were sent in the last round, beside the honest model that it was made from.
 
-    Accuracies are on the hold-out, ``accuracy`` the mean over ``models_measured`` of the models
-    sent; sizes are the largest that a client got.
+    Accuracies are on the hold-out, ``accuracy`` the mean over ``models_measured`` models: the one
+    that all clients got, or those of the first few clients; sizes are the largest that one got.
     """
 
     accuracy: FiniteFloat | None = None

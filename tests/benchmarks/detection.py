@@ -25,6 +25,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 import secrets
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -165,9 +166,11 @@ def watched(case: Flat, seed: int) -> Flat:
 
 
 def twin(case: Flat) -> Flat:
-    """Return the same federation with an honest server."""
+    """Return the same federation with an honest server, who brings no devices of its own."""
+    cohort = f"cohort={case.get('federation.clients', 1)}"
+    alone = re.sub(r"\bcohort=\d+", cohort, str(case.get("defenses", "none")))
     unasked: Flat = {"data.known": "none"} if "data.known" in case else {}
-    return {**case, "attack": "none", "oracles": "none", **unasked}
+    return {**case, "attack": "none", "oracles": "none", "defenses": alone, **unasked}
 
 
 def measured(case: Flat, cache: Path, *, anew: bool = False) -> list[Round]:
@@ -346,7 +349,7 @@ def tables(cases: dict[str, Case], benign: dict[int, list[Round]], failed: dict[
         held_out_table(checks, benign),
         "### Limits\n",
         "At 1 % / at 5 %, over all models, seeds and stages but the untrained: what to write into "
-        "`refuse_above` and its like.\n",
+        "`refuse_above` and its like.  A share cannot exceed 1: there nothing sets off an alarm.\n",
         limits_table(checks, benign),
     ]
     if failed:

@@ -223,7 +223,7 @@ SUMMED = (
     ),
     Setup(
         "seer(mode='thresh', clients={clients}, steps=0)",
-        "One image of a sum at best, if just one is above the threshold: hardly more than a guess "
+        "One image of a sum at best, if just one is above the threshold: no more than a guess "
         "at this size. The start alone, which its training does not improve here.",
         model="convnet(width=16, stride=2, norm='batch', hidden=[16])",
         images=16,

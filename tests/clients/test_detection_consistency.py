@@ -33,18 +33,19 @@ def other() -> Tensors:
 
 
 def test_the_hash_is_of_every_bit_and_of_nothing_else() -> None:
-    one = digest(1, "mlp", MODEL)
-    assert one == digest(1, "mlp", dict(reversed(MODEL.items())))
-    assert one == digest(1, "mlp", {n: t.clone().T.contiguous().T for n, t in MODEL.items()})
+    one = digest(1, "mlp", MODEL, {})
+    assert one == digest(1, "mlp", dict(reversed(MODEL.items())), {})
+    assert one == digest(1, "mlp", {n: t.clone().T.contiguous().T for n, t in MODEL.items()}, {})
     changed = [
-        digest(2, "mlp", MODEL),
-        digest(1, "lenet", MODEL),
-        digest(1, "mlp", other()),
-        digest(1, "mlp", {n: t.double() for n, t in MODEL.items()}),
-        digest(1, "mlp", {**MODEL, "a": torch.ones(4)}),
-        digest(1, "mlp", {"b": MODEL["b"], "c": MODEL["a"]}),
+        digest(2, "mlp", MODEL, {}),
+        digest(1, "lenet", MODEL, {}),
+        digest(1, "mlp", other(), {}),
+        digest(1, "mlp", {n: t.double() for n, t in MODEL.items()}, {}),
+        digest(1, "mlp", MODEL, {next(iter(MODEL)): (1, 4)}),
+        digest(1, "mlp", {**MODEL, "a": torch.ones(4)}, {}),
+        digest(1, "mlp", {"b": MODEL["b"], "c": MODEL["a"]}, {}),
     ]
-    assert len({one, *changed}) == 7
+    assert len({one, *changed}) == 8
 
 
 def test_the_hash_is_the_same_on_every_machine() -> None:
@@ -52,10 +53,10 @@ def test_the_hash_is_the_same_on_every_machine() -> None:
     import hashlib
     import struct
 
-    told = b"1\nmlp\n"
+    told = b"1\nmlp\n[]\n"
     told += b"a\nf4\n[2, 2]\n" + struct.pack("<4f", 1, 1, 1, 1)
     told += b"b\nf4\n[3]\n" + struct.pack("<3f", 0, 1, 2)
-    assert digest(1, "mlp", MODEL) == hashlib.sha256(told).hexdigest()
+    assert digest(1, "mlp", MODEL, {}) == hashlib.sha256(told).hexdigest()
 
 
 def test_equal_models_agree_and_the_first_cannot_know(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ Francati, Ateniese, CCS 2022; Zhao et al., CVPR 2023; LOKI).  Clients therefore 
 received, over a channel that the server cannot alter: here a *board*, a folder in which each client
 writes ``<run>/round-<r>/client-<k>``, holding
 
-    SHA-256(round, model expression, and for each array its name, type, shape and bytes)
+    SHA-256(round, model expression, places, and for each array its name, type, shape and bytes)
 
 with the bytes little-endian and the arrays sorted by name.  The board lies in
 ``$FEDSIM_HOME/boards`` unless named, and attack code is walled off from it; clients on several
@@ -23,6 +23,7 @@ A model that is malicious in the same way for all (Robbing the Fed, SEER) is con
 import hashlib
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -90,7 +91,7 @@ class Consistency(Defense):
     ) -> Verdict:
         """Post the hash, and return the scores ``consistency`` and ``consistency/before``."""
         run = self.root / str(ctx.run_id)
-        own = digest(ctx.round, ctx.model, received)
+        own = digest(ctx.round, ctx.model, received, ctx.places)
         try:
             post(run, ctx.round, ctx.client, own)
         except OSError as error:
@@ -124,9 +125,11 @@ class Consistency(Defense):
         return Path(self.board) if self.board else seeds.home() / "boards"
 
 
-def digest(server_round: int, model: str, received: Tensors) -> str:
+def digest(
+    server_round: int, model: str, received: Tensors, places: Mapping[str, tuple[int, int]]
+) -> str:
     """Return the hash of a model as it was received, the same on every machine."""
-    hashed = hashlib.sha256(f"{server_round}\n{model}\n".encode())
+    hashed = hashlib.sha256(f"{server_round}\n{model}\n{sorted(places.items())}\n".encode())
     for name, tensor in sorted(received.items()):
         array = tensor.detach().cpu().contiguous().numpy()
         if sys.byteorder == "big":

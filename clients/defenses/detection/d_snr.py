@@ -9,7 +9,7 @@ silence the others, which shows in the lengths of the per-example gradients:
 Equal lengths give ``1 / (B - 1)``; above 1 one example outweighs all others together.
 
 It sees gradient *disaggregation* (Wen et al., Fishing).  It does not see an imprint (Fowl et al.,
-Robbing the Fed), to whose layer every image contributes, nor SEER, which was made to pass it.
+Robbing the Fed), to whose layer every image contributes, nor much of SEER, which was made to pass.
 
 Departures from the authors' code: every dense and convolutional weight is measured (its name filter
 skips the first convolution and the shortcuts); no 1e-6 in the denominator, behind which a server

@@ -181,6 +181,7 @@ def test_the_loss_in_closed_form() -> None:
         ({"attack": "seer(clients=4)"}, "mode='thresh'"),
         ({"channel": "trusted-sum"}, "write clients="),
         ({"threat-model": "F"}, "surrogate"),
+        ({"federation.local": "fedsgd(batch_size=1, lr=0.1)"}, "2 or more"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:

@@ -102,8 +102,8 @@ def test_the_bound_of_clipping_and_noise_is_neared_and_never_exceeded(
         assert reached <= limit + 0.3
         if limit > 15:
             assert reached >= limit - 1
-        if limit > 20:  # what is returned is cut to [0, 1], which brings it a little nearer
-            assert one.psnr[0] <= limit + 1
+        if limit > 20:  # what is returned is cut to [0, 1]: of noise on black that takes half
+            assert one.psnr[0] <= limit + 10 * math.log10(2)
 
 
 def test_every_round_has_another_target(tmp_path: Path) -> None:

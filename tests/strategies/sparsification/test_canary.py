@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 
+from fedsim import reconstructions
 from fedsim.attack import Reconstruction
 from fedsim.audit.membership import membership
 from fedsim.audit.schema import Membership
 from fedsim.audit.vault import VaultRecord
 from fedsim.audit.verdict import judge
 from fedsim.data import DataSet
-from fedsim.errors import RunFailed, ScenarioError
+from fedsim.errors import ScenarioError
 from fedsim.models import load_arrays
 from fedsim.parts import Parts
 from fedsim.reconstructions import Facts
@@ -171,6 +172,12 @@ def test_wrong_answers_are_counted_as_such() -> None:
         ({"model.name": "mlp(hidden=[])"}, "hidden layer"),
         ({"model.name": "resnet20(width=8)"}, "ReLU"),
         ({"threat-model": "F"}, "surrogate"),
+        ({"attack": "model-inconsistency-canary(targets=[99])"}, "target 99 is none of"),
+        ({"data.known": "2, 2"}, "stands there twice"),
+        (
+            {"federation.local": "fedavg(epochs=1, batch_size=64, lr=0.01, weight_decay=0.1)"},
+            "weight decay",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_anybody_trains(
@@ -181,10 +188,18 @@ def test_what_cannot_work_is_refused_before_anybody_trains(
     assert not list(tmp_path.rglob("views"))
 
 
-def test_weight_decay_is_refused(tmp_path: Path) -> None:
-    local = "fedavg(epochs=1, batch_size=64, lr=0.01, weight_decay=0.1)"
-    with pytest.raises(RunFailed, match="weight decay"):
-        federated(tmp_path, {**SETTINGS, "federation.local": local})
+def test_every_target_is_asked_about_every_image(tmp_path: Path) -> None:
+    changes = {
+        "attack": "model-inconsistency-canary(targets=[0, 1])",
+        "data.known": "2, 5",
+        "federation.rounds": 4,
+        "channel": "plain",
+    }
+    ran = federated(tmp_path, {**SETTINGS, **changes})
+    found, _ = reconstructions.load(next((ran.folder.path / "reconstructions").glob("*.saf*")))
+    assert found.whose is not None
+    images = [int((image - found.examples[0]).abs().sum() > 0) for image in found.examples]
+    assert list(zip(found.whose.tolist(), images, strict=True)) == [(0, 0), (1, 0), (0, 1), (1, 1)]
 
 
 # -- the published figures on CIFAR-10 -----------------------------------------------------------

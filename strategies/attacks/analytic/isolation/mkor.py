@@ -138,7 +138,8 @@ class MKOR(Manipulation):
         for index, view in enumerate(views):
             features, classes, strength = read_classes(view, knowledge.basics.data)
             # Noise moves every row; a batch cannot be of more classes than it has images.
-            strongest = strength.argsort(descending=True)[: knowledge.most_examples(view)]
+            most = knowledge.most_examples(view)
+            strongest = strength.argsort(descending=True)[:most].sort().values
             features = [features[at] for at in strongest.tolist()]
             classes, strength = classes[strongest], strength[strongest]
             images += features

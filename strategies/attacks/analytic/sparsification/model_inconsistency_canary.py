@@ -31,7 +31,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from fedsim.attack import Manipulation, ModelToSend, Paper, Reconstruction, ToyCase
+from fedsim.attack import Manipulation, ModelToSend, Paper, Reconstruction, Setting, ToyCase
 from fedsim.errors import RunFailed
 from fedsim.models import build_model, load_arrays, travelling
 from fedsim.registry import register
@@ -166,6 +166,18 @@ class Canary(Manipulation):
         """Return whom a round asks about; None for anybody."""
         return self.targets[(server_round - 1) % len(self.targets)] if self.targets else None
 
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse targets that are not there, and weight decay."""
+        if absent := sorted(target for target in self.targets if target >= setting.clients):
+            raise ValueError(
+                f"target {absent[0]} is none of the {setting.clients} clients, 0 and up"
+            )
+        if setting.training.weight_decay:
+            raise ValueError(
+                "weight decay moves kernels that have no gradient; use "
+                "federation.local = 'fedavg(weight_decay=0.0, ...)'"
+            )
+
     # -- what is sent ----------------------------------------------------------------------------
     def craft(
         self, expression: str, arrays: dict[str, Tensor], knowledge: Knowledge
@@ -177,12 +189,9 @@ class Canary(Manipulation):
         RunFailed
             If no kernel can be made to tell the image from the server's own.
         """
-        if knowledge.training.weight_decay:
-            raise RunFailed(
-                "model-inconsistency-canary: weight decay moves kernels that have no gradient; "
-                "use federation.local = 'fedavg(weight_decay=0.0, ...)'"
-            )
-        turn = len({view.round for view in knowledge.history}) % len(knowledge.known)
+        # Every target is asked about an image before the next one's turn comes.
+        rounds = len({view.round for view in knowledge.history})
+        turn = rounds // max(1, len(self.targets)) % len(knowledge.known)
         for view in knowledge.history:
             asked, live = self.asked(view, knowledge)
             if asked == turn:
