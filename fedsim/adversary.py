@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,18 @@ import torch
 
 from fedsim import reconstructions, seeds
 from fedsim.attack import Active, Attack
-from fedsim.audit.vault import Vault
+from fedsim.audit.vault import Vault, VaultRecord
 from fedsim.data import split_test
 from fedsim.errors import RunFailed
 from fedsim.isolation import parent as isolation
 from fedsim.isolation.walls import walls
+from fedsim.models import build_model, load_arrays
+from fedsim.models.statistics import LayerStatistics, layer_statistics
 from fedsim.parts import Parts
 from fedsim.progress import Progress
 from fedsim.run_folder import RunFolder, plainly
 from fedsim.threat import THREAT_MODELS, Capability, Knowledge, Statistics
-from fedsim.view import SavedViews
+from fedsim.view import SavedViews, ServerView, load_view
 
 
 def reconstruct(
@@ -89,14 +93,13 @@ def build_knowledge(
     """
     scenario = parts.scenario
     surrogate = split_test(parts.dataset.test, scenario.seed)[0]
-    views = SavedViews(folder.path / "views").facts()
+    saved = SavedViews(folder.path / "views")
+    views = saved.facts()
     statistics: dict[int, Statistics] = {}
     if Capability.STATISTICS in THREAT_MODELS[scenario.threat_model]:
         statistics = _statistics(parts)
-    oracles = {}
-    if attack is not None and "labels" in parts.oracles & attack.oracles:
-        truth = _true_labels(folder, views)
-        oracles["labels"] = lambda view: truth[view.label]
+    granted = parts.oracles & attack.oracles if attack is not None else frozenset()
+    oracles = _oracles(parts, folder, saved, granted)
     return Knowledge(
         scenario.threat_model,
         data=parts.spec,
@@ -121,17 +124,51 @@ def _statistics(parts: Parts) -> dict[int, Statistics]:
     return {client: Statistics(counts / counts.sum()) for client, counts in enumerate(counted)}
 
 
-def _true_labels(folder: RunFolder, views: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Read the labels behind each view: the oracle grant."""
+def _oracles(
+    parts: Parts, folder: RunFolder, saved: SavedViews, granted: frozenset[str]
+) -> dict[str, Callable[[ServerView], Any]]:
+    """Read the truth behind each view, as far as it is granted; by the oracle's name."""
+    if not granted:
+        return {}
     folder.gather_vault()
     vault = Vault(folder.path / "vault")
-    truth = {}
-    for fact in views:
+    told: dict[str, dict[str, Any]] = {name: {} for name in granted}
+    for fact, path in zip(saved.facts(), saved.paths, strict=True):
         records = [vault.record(client, fact["round"]) for client in fact["senders"]]
         if any(record is None for record in records):
             raise RunFailed(
-                "the labels oracle needs the vault, and it is not here: "
+                f"the {' and '.join(sorted(granted))} oracle needs the vault, and it is not here: "
                 "run fedsim report RUN --vault DIR, then fedsim attack RUN EXPRESSION"
             )
-        truth[fact["label"]] = torch.cat([r.labels for r in records if r is not None])
-    return truth
+        truth = [record for record in records if record is not None]
+        if "labels" in told:
+            told["labels"][fact["label"]] = torch.cat([record.labels for record in truth])
+        if "batchnorm" in told:
+            told["batchnorm"][fact["label"]] = _true_statistics(parts, load_view(path), truth)
+    return {name: partial(_of_view, truth) for name, truth in told.items()}
+
+
+def _of_view(truth: dict[str, Any], view: ServerView) -> Any:
+    return truth[view.label]
+
+
+def _true_statistics(
+    parts: Parts, view: ServerView, records: Sequence[VaultRecord]
+) -> LayerStatistics:
+    """Return what the true images put into each BatchNorm layer of the model sent, on the CPU.
+
+    Every sender sent its own batch through the model; of an aggregate, these are pooled.
+    """
+    model = build_model(view.model, parts.spec).to(parts.dtype)
+    load_arrays(model, view.sent)
+    model.train(parts.scenario.model.batchnorm != "frozen").to(parts.device)
+    each = [layer_statistics(model, record.examples) for record in records]
+    sizes = torch.tensor([float(len(record.examples)) for record in records])
+    shares = (sizes / sizes.sum()).unsqueeze(1)
+    pooled = {}
+    for name in each[0]:
+        means, variances = (torch.stack([one[name][i].cpu() for one in each]) for i in (0, 1))
+        mean = (shares.to(means) * means).sum(dim=0)
+        spread = variances + (means - mean).square()
+        pooled[name] = mean, (shares.to(means) * spread).sum(dim=0)
+    return pooled

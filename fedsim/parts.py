@@ -216,9 +216,10 @@ def _fitting(parts: Parts) -> list[tuple[str, Attack | Defense]]:
 def _check_adversary(parts: Parts) -> None:
     scenario, attack = parts.scenario, parts.attack
     wanted = attack.oracles if attack else frozenset()
-    if missing := sorted(wanted - parts.oracles):
-        remedy = f"{scenario.attack} needs the oracle; write oracles = {missing[0]!r}, and the "
-        raise ScenarioError("oracles", scenario.oracles, remedy + "report wears a badge")
+    if not wanted <= parts.oracles:
+        every = ", ".join(sorted(wanted))
+        remedy = f"{scenario.attack} needs the oracle; write oracles = {every!r}, and the report"
+        raise ScenarioError("oracles", scenario.oracles, f"{remedy} wears a badge")
     if idle := sorted(parts.oracles - wanted):
         remedy = f"nothing here would use {idle[0]!r}; leave it out"
         raise ScenarioError("oracles", scenario.oracles, remedy)

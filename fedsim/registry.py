@@ -32,7 +32,9 @@ from fedsim import wanted
 from fedsim.errors import ScenarioError
 
 PACKAGES = ("fedsim.data", "fedsim.models", "strategies", "clients")
-KINDS = ("attack", "channel", "dataset", "defense", "labels", "local", "model", "role")
+KINDS = (
+    "attack", "channel", "dataset", "defense", "labels", "local", "model", "role", "statistics"
+)  # fmt: skip
 
 Component = TypeVar("Component", bound=Callable[..., Any])
 _components: dict[str, dict[str, Callable[..., Any]]] = {kind: {} for kind in KINDS}

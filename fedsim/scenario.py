@@ -115,7 +115,9 @@ class Scenario(_Table):
     )
     attack: str = Field("none", description="Attack expression; `none` for an honest server.")
     oracles: str = Field(
-        "none", description="What the attack may know beyond any threat model: `labels`."
+        "none",
+        description="What the attack may know beyond any threat model: `labels`, `batchnorm` "
+        "(the private batch's statistics in each BatchNorm layer), or both with a comma.",
     )
     defenses: str = Field("none", description="Defense expressions, joined by ` | `.")
     channel: str = Field(

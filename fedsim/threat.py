@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from fedsim import seeds
 from fedsim.data import DataSpec, Split
 from fedsim.errors import NotGranted
 from fedsim.models import build_model, load_arrays
+from fedsim.models.statistics import LayerStatistics
 from fedsim.view import Blanked, SavedViews, ServerView
 
 
@@ -56,7 +57,8 @@ NAMES = {
     "H": "active client manipulator",
 }
 # What a paper assumes beyond its threat model; granted only by name, shown as a badge.
-ORACLES = ("labels",)
+# ``labels``: those of the batch behind a view.  ``batchnorm``: its mean and variance in each layer.
+ORACLES = ("labels", "batchnorm")
 
 
 def least_model(needs: frozenset[Capability]) -> str | None:
@@ -127,7 +129,7 @@ class Knowledge:
         batchnorm: str = "frozen",
         surrogate: Callable[[], Split] | None = None,
         statistics: Callable[[int], Statistics] | None = None,
-        oracles: Mapping[str, Callable[[ServerView], Tensor]] | None = None,
+        oracles: Mapping[str, Callable[[ServerView], Any]] | None = None,
         num_examples: Mapping[str, int | None] | None = None,
         clients: int = 1,
         known: tuple[Tensor, ...] = (),
@@ -281,8 +283,15 @@ class Knowledge:
         return self._statistics(client)
 
     # -- oracles -------------------------------------------------------------------------------
-    def oracle(self, name: str, view: ServerView) -> Tensor:
+    @overload
+    def oracle(self, name: Literal["labels"], view: ServerView) -> Tensor: ...
+    @overload
+    def oracle(self, name: Literal["batchnorm"], view: ServerView) -> LayerStatistics: ...
+    def oracle(self, name: str, view: ServerView) -> Any:
         """Return what no threat model grants; only where the scenario names the oracle.
+
+        ``"labels"``: ``[B]`` int64.  ``"batchnorm"``: for each BatchNorm layer, by name, the mean
+        ``[C]`` and biased variance ``[C]`` of what the true batch puts into it, in the model sent.
 
         Raises
         ------

@@ -6,6 +6,8 @@ from fedsim.audit.criterion import Criterion
 from fedsim.audit.schema import Failure, Leak, Membership, Refusals
 
 _ROUNDS_SPOKEN = 3
+# What an oracle tells, where its name does not say it.
+_GIVEN = {"batchnorm": "BatchNorm statistics"}
 
 
 def verdict(
@@ -34,7 +36,7 @@ def verdict(
         if leak.floor is not None:
             sentences.append(_against_floor(leak))
         if oracles:
-            given = " and ".join(oracles)
+            given = " and ".join(_GIVEN.get(name, name) for name in oracles)
             sentences.append(
                 f"The attack was given the true {given} by an oracle, which no real server has."
             )

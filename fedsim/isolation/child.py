@@ -179,10 +179,9 @@ class AskedKnowledge(Knowledge):
         statistics: Statistics = self._ask("statistics", client)
         return statistics
 
-    def oracle(self, name: str, view: ServerView) -> Tensor:
+    def oracle(self, name: str, view: ServerView) -> Any:
         """Return what no threat model grants; only where the scenario names the oracle."""
-        truth: Tensor = self._ask("oracle", name, view.round, view.senders)
-        return truth
+        return self._ask("oracle", name, view.round, view.senders)
 
 
 def main(connection: socket.socket, scratch: Path) -> None:
