@@ -151,6 +151,7 @@ class Knowledge:
         self._statistics = statistics if Capability.STATISTICS in has else None
         self._oracles = dict(oracles or {})
         self._history: Sequence[ServerView] = ()
+        self._kept: dict[str, dict[str, Tensor]] = {}
 
     def remember(self, views: SavedViews) -> None:
         """Let a manipulator know what came back in the rounds before."""
@@ -305,6 +306,20 @@ class Knowledge:
             )
         self._oracles_used.add(name)
         return self._oracles[name](view)
+
+    # -- an attempt before this one, and the end of this one -------------------------------------
+    def kept(self, name: str) -> dict[str, Tensor]:
+        """Return what an attempt of this attack on these views kept before it was cut off."""
+        return self._kept.get(name, {})
+
+    def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors for an attempt after this one, in place of what was kept by this name."""
+        self._kept[name] = dict(tensors)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether somebody asked for the best so far."""
+        return False
 
     # -- the attack's own randomness -----------------------------------------------------------
     def generator(self, *names: object) -> torch.Generator:

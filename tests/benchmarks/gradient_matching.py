@@ -23,9 +23,10 @@ from fedsim.models import initial_model
 from strategies.attacks.optimization.gradients import BatchGradients
 from strategies.attacks.optimization.matching import Matching, minimize
 from strategies.attacks.optimization.objectives import Cosine
-from strategies.attacks.optimization.optimizers import Adam, ig_steps
+from strategies.attacks.optimization.optimizers import Adam
 from strategies.attacks.optimization.parametrizations import NormalizedPixels
 from strategies.attacks.optimization.priors import TotalVariation
+from strategies.attacks.optimization.schedules import ig_steps
 
 TURNS, TV = 9, 1e-4
 

@@ -1,9 +1,9 @@
-"""Gradient matching: find the batch whose gradient would have been the one observed.
+"""Gradient matching: find the batch whose update would have been the one observed.
 
-Seven slots make an attack by optimization (:class:`Recipe`): parametrization, forward operator
-(the network's gradient, :mod:`.gradients`), distance, priors, labels, optimizer with its schedule,
-and the choice among restarts.  Restarts and views that share weights and batch size run as one
-batch of problems, and nothing in the loop waits for the device.
+Seven slots make an attack by optimization (:class:`Recipe`): parametrization, operator
+(the network's gradient or unrolled local training), distance, priors, labels, optimizer with its
+schedule, and the choice among restarts.  Restarts and views that share weights and batch size run
+as one batch of problems, and nothing in the loop waits for the device.
 
 Each restart keeps the point where what it minimizes (distance plus priors) was lowest.  Among
 restarts the lowest distance wins: the attack's own score, never the truth.
@@ -11,24 +11,30 @@ restarts the lowest distance wins: the attack's own score, never the truth.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from math import isfinite
 
 import torch
 from torch import Tensor
 
-from fedsim.attack import Cost, Reconstruction
-from fedsim.data import DataSpec
+from fedsim.attack import Reconstruction
 from fedsim.threat import Knowledge
 from fedsim.view import ServerView
 from strategies.attacks.labels.rule import LabelRule
+from strategies.attacks.optimization.activations import ActivationPrior
+from strategies.attacks.optimization.gradients import BatchGradients, Operator
 from strategies.attacks.optimization.groups import Group, grouped
-from strategies.attacks.optimization.matching import Best, Matching, minimize
+from strategies.attacks.optimization.matching import Best, Matching, Problems, minimize
 from strategies.attacks.optimization.objectives import Objective
 from strategies.attacks.optimization.optimizers import Optimizer
 from strategies.attacks.optimization.parametrizations import Parametrization
 from strategies.attacks.optimization.priors import Prior
+from strategies.attacks.optimization.tally import Findings, Tally
+
+
+def one_gradient(group: Group, layers: Sequence[str]) -> Operator:
+    """Return the network's gradient, the operator of one step."""
+    return BatchGradients(group.model, group.names, layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,50 +48,48 @@ class Recipe:
     parametrization : callable
         What is searched, for one group of views.
     objective : callable
-        Distance to observed gradients ``[V, P]``.
+        Distance to the observed updates of a group, ``group.observed``.
     optimizer : callable
         Makes a fresh optimizer.
     iterations : int
         At most, for each restart.
+    operator : callable
+        What clients do, for one group and the layers to read on the way.
     restarts : int
         At most, for each view.
     labels : LabelRule or None
         None where the parametrization searches labels too.
     priors : callable
-        Penalties on images of such data.
+        Penalties on images, for one group.
+    activations : callable
+        Penalties on what layers see, for one group.
     converged : float or None
         A distance at which a view counts as solved: its restarts are tried one after another until
         one gets there.  None runs every restart, all at once.
     patience : int or None
         End a restart whose cost did not fall by a tenth in so many iterations.
+    settled : float
+        Share of the iterations after which the cost no longer changes its meaning: only later
+        points are kept.  For schedules that switch priors on.
+    together : bool
+        Whether the restarts of a view see each other (a prior on their consensus): they then run
+        as one batch, however many images that is.
     """
 
     batch_size: Callable[[ServerView], int]
     parametrization: Callable[[Group], Parametrization]
-    objective: Callable[[Tensor], Objective]
+    objective: Callable[[Group], Objective]
     optimizer: Callable[[], Optimizer]
     iterations: int
+    operator: Callable[[Group, Sequence[str]], Operator] = one_gradient
     restarts: int = 1
     labels: LabelRule | None = None
-    priors: Callable[[DataSpec], Sequence[Prior]] = lambda _: ()
+    priors: Callable[[Group], Sequence[Prior]] = lambda _: ()
+    activations: Callable[[Group], Sequence[ActivationPrior]] = lambda _: ()
     converged: float | None = None
     patience: int | None = None
-
-
-@dataclass
-class Tally:
-    """What the whole attack has done: iterations of one problem, evaluations, receipts."""
-
-    total: int
-    tell: Callable[[int, int, str], None]
-    done: int = 0
-    evaluations: int = 0
-    receipts: list[str] = field(default_factory=list)
-
-    def show(self, iteration: int, problems: int) -> None:
-        """Report progress: so many problems run together, at this iteration."""
-        text = f"{problems} at once" if problems > 1 else ""
-        self.tell(self.done + iteration * problems, self.total, text)
+    settled: float = 0.0
+    together: bool = False
 
 
 def invert(views: Sequence[ServerView], knowledge: Knowledge, recipe: Recipe) -> Reconstruction:
@@ -93,88 +97,127 @@ def invert(views: Sequence[ServerView], knowledge: Knowledge, recipe: Recipe) ->
 
     The score of a candidate is minus the distance that its batch reached.
     """
-    tally = Tally(len(views) * recipe.restarts * recipe.iterations, knowledge.progress)
-    empty = torch.empty(0, dtype=torch.int64)
-    images, labels, places, scores = [torch.empty(0, 1, 1, 1)], [empty], [empty], [torch.empty(0)]
+    tally = Tally(len(views) * recipe.restarts * recipe.iterations, knowledge)
+    findings = Findings()
     for group in grouped(views, knowledge, recipe.batch_size, recipe.labels, tally.receipts):
-        parametrization = recipe.parametrization(group)
-        best = solve(group, parametrization, knowledge, recipe, tally)
-        alive = best.distance.isfinite().nonzero().squeeze(1)
-        pictures, named = parametrization.take(alive).decode(best.variables[alive])
-        images.append(pictures.clamp(0, 1).flatten(0, 1).cpu())
-        named = named.argmax(dim=-1) if named.is_floating_point() else named
-        labels.append(named.flatten().cpu())
-        alive = alive.cpu()
-        places.append(torch.tensor(group.indices)[alive].repeat_interleave(group.batch_size))
-        scores.append(-best.distance.cpu()[alive].repeat_interleave(group.batch_size))
-    tally.tell(tally.total, tally.total, "")
-    return Reconstruction(
-        examples=torch.cat(images[1:] or images),
-        views=torch.cat(places),
-        labels=torch.cat(labels),
-        scores=torch.cat(scores[1:] or scores),
-        cost=Cost(gradient_evaluations=tally.evaluations),
-        receipts=tuple(tally.receipts),
+        problems = matching(group, recipe)
+        labels = [view.label for view in group.views]
+        best = solve(problems, labels, recipe, tally, like=group.observed, at_once=group.at_once)
+        findings.add(best, problems.parametrization, group.indices)
+    return findings.reconstruction(tally)
+
+
+def matching(group: Group, recipe: Recipe) -> Matching:
+    """Put a recipe's parts together for one group of views."""
+    activations = recipe.activations(group)
+    layers = [layer for prior in activations for layer in prior.layers]
+    return Matching(
+        recipe.operator(group, layers),
+        recipe.parametrization(group),
+        recipe.objective(group),
+        recipe.priors(group),
+        activations,
     )
 
 
 def solve(
-    group: Group,
-    parametrization: Parametrization,
-    knowledge: Knowledge,
+    problems: Problems,
+    labels: Sequence[str],
     recipe: Recipe,
     tally: Tally,
+    *,
+    like: Tensor,
+    at_once: int,
 ) -> Best:
-    """Return the best restart of each view of a group."""
-    observed, priors = group.observed, recipe.priors(group.spec)
-    matching = Matching(group.gradients, parametrization, recipe.objective(observed), priors)
-    blank = parametrization.start(torch.Generator()).to(observed)
-    best = Best.start(blank.expand(len(group.views), -1))
-    tried, lost = Counter[int](), Counter[int]()
+    """Return the best restart of each target.
+
+    Parameters
+    ----------
+    problems : Problems
+        One for each target.
+    labels : sequence of str
+        What targets are called.
+    recipe : Recipe
+        Says how often, how long and by which optimizer.
+    tally : Tally
+    like : Tensor
+        Whose device and type variables have.
+    at_once : int
+        How many problems to run as one batch.
+    """
+    blank = problems.parametrization.start(torch.Generator()).to(like)
+    best = Best.start(blank.expand(len(labels), -1))
+    tried, lost, stuck = Counter[int](), Counter[int](), Counter[int]()
+    if recipe.together:
+        at_once = max(at_once // recipe.restarts, 1) * recipe.restarts
     for wave in range(recipe.restarts):
         jobs = _jobs(wave, best, recipe)
-        for some in (jobs[i : i + group.at_once] for i in range(0, len(jobs), group.at_once)):
-            names = [(group.views[view].label, "start", again) for view, again in some]
-            starts = [parametrization.start(knowledge.generator(*name)) for name in names]
-            rows = torch.tensor([view for view, _ in some], device=observed.device)
-            result = minimize(
-                matching.take(rows),
-                torch.stack(starts).to(observed),
-                recipe.optimizer(),
-                iterations=recipe.iterations,
-                patience=recipe.patience,
-                tell=partial(tally.show, problems=len(some)),
-            )
-            tally.done += recipe.iterations * len(some)
-            tally.show(0, 0)
-            tally.evaluations += result.evaluations
+        for some in (jobs[i : i + at_once] for i in range(0, len(jobs), at_once)):
+            if tally.stopped:
+                break
+            rows = torch.tensor([target for target, _ in some], device=like.device)
+            result = _run(problems.take(rows), [(labels[t], again) for t, again in some], like,
+                          recipe, tally)  # fmt: skip
             tried.update(rows.tolist())
-            lost.update(rows[~result.last.isfinite()].tolist())
+            finite = result.last.isfinite()
+            lost.update(rows[~finite].tolist())
+            stuck.update(rows[finite & (result.ended <= recipe.iterations)].tolist())
             _choose(best, rows, result)
-    for view, label in enumerate(one.label for one in group.views):
-        tally.receipts.append(_receipt(label, tried[view], lost[view], best.distance[view].item()))
+    for target, label in enumerate(labels):
+        counts = (tried[target], lost[target], 0 if tally.stopped else stuck[target])
+        tally.receipts.append(_receipt(label, *counts, best.distance[target].item()))
     return best
 
 
+def _run(
+    problems: Problems,
+    jobs: Sequence[tuple[str, int]],
+    like: Tensor,
+    recipe: Recipe,
+    tally: Tally,
+) -> Best:
+    """Run one batch of restarts, or take over what an earlier attempt did of it."""
+    with tally.batch(len(jobs), recipe.iterations, like.device) as batch:
+        if batch.finished is not None:
+            return batch.finished
+        starts = [
+            problems.parametrization.start(tally.knowledge.generator(label, "start", again))
+            for label, again in jobs
+        ]
+        batch.finished = minimize(
+            problems,
+            torch.stack(starts).to(like),
+            recipe.optimizer(),
+            iterations=recipe.iterations,
+            patience=recipe.patience,
+            settled=recipe.settled,
+            watch=batch,
+            earlier=batch.earlier,
+        )
+        return batch.finished
+
+
 def _jobs(wave: int, best: Best, recipe: Recipe) -> list[tuple[int, int]]:
-    """Return the next (view, restart) to run: all at once, or one for each view not yet done."""
+    """Return the next (target, restart) to run: all at once, or one for each not yet done."""
     if recipe.converged is not None:
         unsolved = (best.distance >= recipe.converged).nonzero().flatten()
-        return [(view, wave) for view in unsolved.tolist()]
-    views = range(len(best.distance)) if wave == 0 else range(0)
-    return [(view, again) for view in views for again in range(recipe.restarts)]
+        return [(target, wave) for target in unsolved.tolist()]
+    targets = range(len(best.distance)) if wave == 0 else range(0)
+    return [(target, again) for target in targets for again in range(recipe.restarts)]
 
 
 def _choose(best: Best, rows: Tensor, result: Best) -> None:
-    """Let each restart that is nearer than what its view had take its place."""
-    for job, view in enumerate(rows.tolist()):
-        if result.distance[job] < best.distance[view]:
+    """Let each restart that is nearer than what its target had take its place."""
+    for job, target in enumerate(rows.tolist()):
+        if result.distance[job] < best.distance[target]:
             best.put(rows[job : job + 1], result.take(torch.tensor([job], device=rows.device)))
 
 
-def _receipt(label: str, tried: int, lost: int, distance: float) -> str:
-    """Say what became of one view's restarts."""
+def _receipt(label: str, tried: int, lost: int, stuck: int, distance: float) -> str:
+    """Say what became of one target's restarts."""
     text = f"{label}: {tried} restart{'s' * (tried != 1)}"
     if lost:
         text += f", {lost} of them ended not finite"
+    if stuck:
+        text += f", {stuck} of them on a plateau"
     return f"{text}; " + (f"distance {distance:.3g}" if isfinite(distance) else "nothing found")

@@ -4,13 +4,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsim.data import DataSpec
 from fedsim.threat import Knowledge
 from fedsim.view import ServerView
 from strategies.attacks.labels.rule import LabelRule
-from strategies.attacks.optimization.gradients import BatchGradients
 
 # Candidates that go through the network at once, and numbers in their gradients, by device.  On
 # the CPU more images at once outgrow its caches, and each takes longer.
@@ -28,8 +27,10 @@ class Group:
         Their places among all views.
     views : tuple of ServerView
     batch_size : int
-    gradients : BatchGradients
-        Of the model that they were all sent.
+    model : nn.Module
+        What they were all sent.
+    names : tuple of str
+        Its parameters that came back, in the order of the updates.
     observed : Tensor
         ``[V, P]``: their updates, flattened, on the device and in the type of the model.
     spec : DataSpec
@@ -40,7 +41,8 @@ class Group:
     indices: tuple[int, ...]
     views: tuple[ServerView, ...]
     batch_size: int
-    gradients: BatchGradients
+    model: nn.Module
+    names: tuple[str, ...]
     observed: Tensor
     spec: DataSpec
     labels: Tensor | None
@@ -51,6 +53,12 @@ class Group:
         if self.labels is None:
             raise ValueError("this search needs labels: give the recipe a label rule")
         return self.labels
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many numbers of an update belong to each parameter."""
+        parameters = dict(self.model.named_parameters())
+        return [parameters[name].numel() for name in self.names]
 
     @property
     def at_once(self) -> int:
@@ -126,7 +134,8 @@ def _group(
         indices,
         views,
         waiting[0][2],
-        BatchGradients(model, names),
+        model,
+        tuple(names),
         torch.stack(observed),
         model.spec,  # type: ignore[arg-type]
         torch.stack(labels).to(parameter.device) if labels else None,

@@ -4,7 +4,9 @@ A distance works on all parameters flattened as one vector, and returns its deri
 value: the engine then needs one pass back through the network and no graph over the distance.
 """
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -21,12 +23,15 @@ class Objective(ABC):
         self.observed = observed
 
     @abstractmethod
-    def __call__(self, gradients: Tensor) -> tuple[Tensor, Tensor]:
-        """Return distance ``[T]`` and its derivative ``[T, P]``; may overwrite ``gradients``."""
+    def __call__(self, gradients: Tensor, progress: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Return distance ``[T]`` and its derivative ``[T, P]``; may overwrite ``gradients``.
+
+        ``progress`` in ``[0, 1]`` is of iterations, for distances that change on the way.
+        """
 
     def take(self, rows: Tensor) -> Self:
         """Return the objective of some of the targets."""
-        chosen = object.__new__(type(self))
+        chosen = copy.copy(self)
         chosen.observed = self.observed[rows]
         return chosen
 
@@ -34,7 +39,7 @@ class Objective(ABC):
 class SquaredDistance(Objective):
     """``||F - g||^2`` (Zhu et al. 2019, Eq. 3): knows the scale of g, and needs it to be right."""
 
-    def __call__(self, gradients: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, gradients: Tensor, progress: float = 1.0) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """Return ``||F - g||^2`` and ``2 (F - g)``."""
         difference = gradients.sub_(self.observed)
         return torch.linalg.vecdot(difference, difference), difference.mul_(2)
@@ -47,7 +52,7 @@ class Cosine(Objective):
         """Keep minus the direction of what was observed, ``[T, P]``: only differences need it."""
         super().__init__(-observed / torch.linalg.vector_norm(observed, dim=1, keepdim=True))
 
-    def __call__(self, gradients: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, gradients: Tensor, progress: float = 1.0) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """Return ``1 - cos`` and its derivative.
 
         Computed as ``|u - v|^2 / 2`` of the unit vectors, which keeps its digits near 0, where
@@ -60,3 +65,88 @@ class Cosine(Objective):
         share = distance.unsqueeze(1)
         derivative = gap.mul_((1 - share) * inverse).addcmul_(self.observed, share * inverse)
         return distance, derivative
+
+
+class LayerDistances(Objective):
+    """``sum_l w_l ||F_l - g_l||``, l over parameters (Yin et al. 2021, Eq. 2, without the square).
+
+    Parameters
+    ----------
+    observed : Tensor
+        ``[T, P]``.
+    sizes : sequence of int
+        How many of the P numbers belong to each parameter.
+    weights : sequence of float or None
+        One for each parameter; all 1 where None.
+    """
+
+    def __init__(
+        self, observed: Tensor, sizes: Sequence[int], weights: Sequence[float] | None = None
+    ) -> None:
+        super().__init__(observed)
+        self.sizes = list(sizes)
+        self.weights = list(weights) if weights is not None else [1.0] * len(self.sizes)
+
+    def __call__(self, gradients: Tensor, progress: float = 1.0) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Return the sum of norms, and for each parameter ``w (F - g) / ||F - g||``."""
+        difference = gradients.sub_(self.observed)
+        distance = difference.new_zeros(len(difference))
+        for piece, weight in zip(
+            torch.split(difference, self.sizes, dim=1), self.weights, strict=True
+        ):
+            length = torch.linalg.vector_norm(piece, dim=1, keepdim=True)
+            distance += weight * length.squeeze(1)
+            piece.mul_(weight / length.clamp_min(torch.finfo(length.dtype).tiny))
+        return distance, difference
+
+
+class AbsoluteDistance(Objective):
+    """``||F - g||_1``: the likelihood of Laplace noise, and robust where few entries are wrong."""
+
+    def __call__(self, gradients: Tensor, progress: float = 1.0) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Return ``sum |F - g|`` and its sign."""
+        difference = gradients.sub_(self.observed)
+        return difference.abs().sum(dim=1), difference.sign_()
+
+
+class Weighted(Objective):
+    """Another objective on ``s F`` against ``s g``: entries weighed, or masked where s is 0.
+
+    A cosine then weighs each layer by the square of its s (Xu et al. 2022), and entries that a
+    sparsified update left out say nothing (Yang et al. 2023).
+
+    Parameters
+    ----------
+    inner : callable
+        Makes the objective of scaled updates ``[T, P]``.
+    observed : Tensor
+        ``[T, P]``.
+    scale : Tensor
+        ``[P]`` for all targets, or ``[T, P]``.
+    """
+
+    def __init__(
+        self, inner: Callable[[Tensor], Objective], observed: Tensor, scale: Tensor
+    ) -> None:
+        super().__init__(observed)
+        self.scale = scale.expand_as(observed)
+        self.inner = inner(observed * self.scale)
+
+    def __call__(self, gradients: Tensor, progress: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Return the inner distance, and its derivative times the scale."""
+        distance, derivative = self.inner(gradients.mul_(self.scale), progress)
+        return distance, derivative.mul_(self.scale)
+
+    def take(self, rows: Tensor) -> Self:
+        """Return the objective of some of the targets."""
+        chosen = super().take(rows)
+        chosen.scale, chosen.inner = self.scale[rows], self.inner.take(rows)
+        return chosen
+
+
+def for_each_layer(weights: Sequence[float], sizes: Sequence[int], like: Tensor) -> Tensor:
+    """Return ``[P]``: each layer's weight for each of its numbers, of the type of ``like``."""
+    return torch.repeat_interleave(
+        torch.tensor(weights, dtype=like.dtype, device=like.device),
+        torch.tensor(sizes, device=like.device),
+    )

@@ -6,15 +6,12 @@ astray (not finite) stays astray without touching its neighbors.
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-
-def ig_steps(progress: float) -> float:
-    """Return the factor 0.1 at 3/8, 5/8 and 7/8 of the iterations each (Geiping et al. 2020)."""
-    return 0.1 ** sum(progress >= mark for mark in (3 / 8, 5 / 8, 7 / 8))
+from strategies.attacks.optimization.schedules import constant
 
 
 class Optimizer(ABC):
@@ -28,17 +25,41 @@ class Optimizer(ABC):
     def keep(self, rows: Tensor) -> None:
         """Forget all problems but these."""
 
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Return what it remembers, for :meth:`restore`."""
+
+    @abstractmethod
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what another of its kind remembered."""
+
 
 class Adam(Optimizer):
-    """Adam (Kingma and Ba 2015), on the sign of the gradient where ``signed``."""
+    """Adam (Kingma and Ba 2015), on the sign of the gradient where ``signed``.
 
-    betas = (0.9, 0.999)
+    Parameters
+    ----------
+    lr : float
+    signed : bool
+    schedule : callable
+        Factor of the rate by share of iterations done.
+    betas : tuple of float
+    decay : float
+        Of the variables themselves, beside the gradient (AdamW, Loshchilov and Hutter 2019).
+    """
+
     epsilon = 1e-8
 
     def __init__(
-        self, lr: float, signed: bool, schedule: Callable[[float], float] = lambda _: 1.0
+        self,
+        lr: float,
+        signed: bool,
+        schedule: Callable[[float], float] = constant,
+        betas: tuple[float, float] = (0.9, 0.999),
+        decay: float = 0.0,
     ) -> None:
         self.lr, self.signed, self.schedule = lr, signed, schedule
+        self.betas, self.decay = betas, decay
         self.steps = 0
         self.first: Tensor | None = None
         self.second: Tensor | None = None
@@ -55,12 +76,64 @@ class Adam(Optimizer):
         self.second.mul_(slower).addcmul_(gradient, gradient, value=1 - slower)
         rate = self.lr * self.schedule(progress) / (1 - slow**self.steps)
         spread = (self.second / (1 - slower**self.steps)).sqrt_().add_(self.epsilon)
+        if self.decay:
+            variables.mul_(1 - self.lr * self.schedule(progress) * self.decay)
         variables.addcdiv_(self.first, spread, value=-rate)
 
     def keep(self, rows: Tensor) -> None:
         """Forget all problems but these."""
         if self.first is not None and self.second is not None:
             self.first, self.second = self.first[rows], self.second[rows]
+
+    def state(self) -> dict[str, Tensor]:
+        """Return both moments and the number of steps."""
+        if self.first is None or self.second is None:
+            return {}
+        return {"first": self.first, "second": self.second, "steps": torch.tensor(self.steps)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from both moments."""
+        if state:
+            self.first, self.second = state["first"].clone(), state["second"].clone()
+            self.steps = int(state["steps"])
+
+
+class Langevin(Optimizer):
+    """Another optimizer, with normal noise on the variables after each step (Yin et al. 2021).
+
+    Parameters
+    ----------
+    inner : Optimizer
+    scale : callable
+        Standard deviation of the noise by share of iterations done.
+    generator : torch.Generator
+        On the CPU.
+    """
+
+    def __init__(
+        self, inner: Optimizer, scale: Callable[[float], float], generator: torch.Generator
+    ) -> None:
+        self.inner, self.scale, self.generator = inner, scale, generator
+
+    def step(self, variables: Tensor, gradient: Tensor, progress: float) -> None:
+        """Step, then add noise."""
+        self.inner.step(variables, gradient, progress)
+        noise = torch.randn(variables.shape, generator=self.generator)
+        variables.add_(noise.to(variables), alpha=self.scale(progress))
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all problems but these."""
+        self.inner.keep(rows)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the inner optimizer's, and where the noise is."""
+        return {**self.inner.state(), "noise": self.generator.get_state()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with the same noise."""
+        inner = dict(state)
+        self.generator.set_state(inner.pop("noise").cpu())
+        self.inner.restore(inner)
 
 
 class LBFGS(Optimizer):
@@ -122,3 +195,23 @@ class LBFGS(Optimizer):
         )
         kept = [(s[rows], y[rows], inverse[rows]) for s, y, inverse in self.pairs]
         self.pairs = deque(kept, maxlen=self.pairs.maxlen)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the last step and the history, newest last."""
+        if self.before is None or self.moved is None or self.scale is None:
+            return {}
+        state = {"before": self.before, "moved": self.moved, "scale": self.scale}
+        for name, column in zip(("s", "y", "inverse"), zip(*self.pairs, strict=True), strict=False):
+            state[name] = torch.stack(column)
+        return state
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with the same history."""
+        if not state:
+            return
+        self.before, self.moved, self.scale = (
+            state[name].clone() for name in ("before", "moved", "scale")
+        )
+        if "s" in state:
+            columns = (state[name].clone() for name in ("s", "y", "inverse"))
+            self.pairs = deque(zip(*columns, strict=True), maxlen=self.pairs.maxlen)

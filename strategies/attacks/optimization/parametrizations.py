@@ -2,12 +2,30 @@
 
 from abc import ABC, abstractmethod
 from math import prod
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from fedsim.data import DataSpec
+
+
+class Candidate(NamedTuple):
+    """T candidate batches.
+
+    Attributes
+    ----------
+    images : Tensor
+        ``[T, B, C, H, W]``, values in ``[0, 1]`` where the variables are in their box.
+    labels : Tensor
+        ``[T, B]`` int64, or probabilities ``[T, B, K]``.
+    beside : Tensor or None
+        ``[T, m]``: what else is searched, for operators that know what it means.
+    """
+
+    images: Tensor
+    labels: Tensor
+    beside: Tensor | None = None
 
 
 class Parametrization(ABC):
@@ -18,11 +36,14 @@ class Parametrization(ABC):
         """Draw where one restart begins, ``[n]``, on the CPU."""
 
     @abstractmethod
-    def decode(self, variables: Tensor) -> tuple[Tensor, Tensor]:
-        """Return images ``[T, B, C, H, W]``, and labels ``[T, B]`` or probabilities ``[T, B, K]``.
+    def decode(self, variables: Tensor) -> Candidate:
+        """Return the candidates that ``[T, n]`` variables stand for."""
 
-        Images have values in ``[0, 1]`` where the variables are in their box.
-        """
+    def finish(self, variables: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what to hand over: images in ``[0, 1]`` and labels ``[T, B]`` int64."""
+        images, labels, _ = self.decode(variables)
+        named = labels.argmax(dim=-1) if labels.is_floating_point() else labels
+        return images.clamp(0, 1), named
 
     def box(self, variables: Tensor) -> None:  # noqa: B027
         """Bring variables back, in place, to where images have values in ``[0, 1]``."""
@@ -59,10 +80,10 @@ class NormalizedPixels(Parametrization):
         """Return standard normal numbers ``[B * C * H * W]``."""
         return torch.randn(self.labels.shape[1] * prod(self.spec.shape), generator=generator)
 
-    def decode(self, variables: Tensor) -> tuple[Tensor, Tensor]:
+    def decode(self, variables: Tensor) -> Candidate:
         """Return images and the labels as they are."""
         standardized = variables.view(*self.labels.shape, *self.spec.shape)
-        return torch.addcmul(self.mean, standardized, self.std), self.labels
+        return Candidate(torch.addcmul(self.mean, standardized, self.std), self.labels)
 
     def box(self, variables: Tensor) -> None:
         """Clamp each channel to the standardized ``[0, 1]``."""
@@ -91,9 +112,9 @@ class PixelsAndLabels(Parametrization):
         size = self.pixels + self.batch_size * self.spec.num_classes
         return torch.randn(size, generator=generator)
 
-    def decode(self, variables: Tensor) -> tuple[Tensor, Tensor]:
+    def decode(self, variables: Tensor) -> Candidate:
         """Return images and the softmax of the label logits."""
         both = len(variables), self.batch_size
         images = variables[:, : self.pixels].view(*both, *self.spec.shape)
         logits = variables[:, self.pixels :].view(*both, self.spec.num_classes)
-        return images, logits.softmax(dim=-1)
+        return Candidate(images, logits.softmax(dim=-1))

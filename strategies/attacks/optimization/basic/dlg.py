@@ -99,7 +99,7 @@ class DLG(Attack):
         recipe = Recipe(
             batch_size=lambda _: self.batch_size,
             parametrization=lambda group: PixelsAndLabels(group.spec, self.batch_size),
-            objective=SquaredDistance,
+            objective=lambda group: SquaredDistance(group.observed),
             optimizer=lambda: LBFGS(self.lr),
             iterations=self.iterations,
             restarts=self.restarts,

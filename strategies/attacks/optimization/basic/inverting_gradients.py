@@ -26,9 +26,10 @@ from fedsim.view import ServerView
 from strategies.attacks.labels.rule import LabelRule
 from strategies.attacks.optimization.engine import Recipe, invert
 from strategies.attacks.optimization.objectives import Cosine
-from strategies.attacks.optimization.optimizers import Adam, ig_steps
+from strategies.attacks.optimization.optimizers import Adam
 from strategies.attacks.optimization.parametrizations import NormalizedPixels
 from strategies.attacks.optimization.priors import TotalVariation
+from strategies.attacks.optimization.schedules import ig_steps
 
 
 @register("attack", "inverting-gradients")
@@ -127,8 +128,8 @@ class InvertingGradients(Attack):
             parametrization=lambda group: NormalizedPixels(
                 group.spec, group.known_labels, group.observed.dtype, boxed=self.boxed
             ),
-            objective=Cosine,
-            priors=lambda spec: [TotalVariation(self.tv, spec.std)] if self.tv else [],
+            objective=lambda group: Cosine(group.observed),
+            priors=lambda group: [TotalVariation(self.tv, group.spec.std)] if self.tv else [],
             optimizer=lambda: Adam(self.lr, signed=self.signed, schedule=ig_steps),
             iterations=self.iterations,
             restarts=self.restarts,

@@ -1,0 +1,126 @@
+"""Several updates of one batch: the same images, seen under the weights of several rounds.
+
+A client that trains on the same examples every round answers each model with a gradient of the
+same images (Xu et al. 2022; Li et al. 2023).  One set of variables is matched with all of them;
+how the slopes of the rounds become one is the attack's choice.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from fedsim.attack import Reconstruction
+from fedsim.threat import Knowledge
+from fedsim.view import ServerView
+from strategies.attacks.optimization.engine import Recipe, matching, solve
+from strategies.attacks.optimization.groups import Group, grouped
+from strategies.attacks.optimization.matching import Evaluation, Matching
+from strategies.attacks.optimization.parametrizations import Parametrization
+from strategies.attacks.optimization.tally import Findings, Tally
+
+Combine = Callable[[Tensor], Tensor]
+
+
+def mean(of_rounds: Tensor) -> Tensor:
+    """Return the mean over rounds of ``[R, T, ...]``."""
+    return of_rounds.mean(dim=0)
+
+
+def median(of_rounds: Tensor) -> Tensor:
+    """Return the coordinate-wise median over rounds, which one wrong round cannot move far."""
+    ranked, last = of_rounds.sort(dim=0).values, len(of_rounds) - 1
+    return (ranked[last // 2] + ranked[last - last // 2]) / 2
+
+
+def trimmed_mean(of_rounds: Tensor) -> Tensor:
+    """Return the mean over rounds without the highest and the lowest fifth (at least one)."""
+    rounds = len(of_rounds)
+    cut = max(1, rounds // 5) if rounds > 2 else 0
+    return of_rounds.sort(dim=0).values[cut : rounds - cut].mean(dim=0)
+
+
+@dataclass
+class Rounds:
+    """The same problems under the weights of several rounds."""
+
+    matchings: Sequence[Matching]
+    slopes: Combine
+    costs: Combine
+
+    @property
+    def parametrization(self) -> Parametrization:
+        """What is searched, the same in every round."""
+        return self.matchings[0].parametrization
+
+    @property
+    def evaluations(self) -> int:
+        """How many gradients of the network one evaluation of one problem takes."""
+        return sum(matching.evaluations for matching in self.matchings)
+
+    def evaluate(self, variables: Tensor, progress: float = 1.0) -> Evaluation:
+        """Evaluate ``[T, n]`` in every round, and combine."""
+        found = [matching.evaluate(variables, progress) for matching in self.matchings]
+        return Evaluation(
+            self.costs(torch.stack([each.distance for each in found])),
+            self.costs(torch.stack([each.cost for each in found])),
+            self.slopes(torch.stack([each.gradient for each in found])),
+        )
+
+    def take(self, rows: Tensor) -> Self:
+        """Return some of the problems."""
+        some = [matching.take(rows) for matching in self.matchings]
+        return type(self)(some, self.slopes, self.costs)
+
+
+def invert_rounds(
+    views: Sequence[ServerView],
+    knowledge: Knowledge,
+    recipe: Recipe,
+    slopes: Combine = mean,
+    costs: Combine = mean,
+) -> Reconstruction:
+    """Invert all updates of each sender together; candidates count for its first view.
+
+    Parameters
+    ----------
+    views, knowledge, recipe
+        As :func:`~.engine.invert` takes them.
+    slopes, costs : callable
+        Combine the slopes ``[R, T, n]``, and the distances and costs ``[R, T]``, of the rounds.
+    """
+    senders: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for index, view in enumerate(views):
+        senders[view.senders].append(index)
+    tally = Tally(len(senders) * recipe.restarts * recipe.iterations, knowledge)
+    findings = Findings()
+    for indices in senders.values():
+        groups = _of_each_round([views[index] for index in indices], knowledge, recipe, tally)
+        if not groups:
+            continue
+        first = groups[0]
+        matchings = [matching(group, recipe) for group in groups]
+        for other in matchings[1:]:
+            other.parametrization = matchings[0].parametrization
+        problems = Rounds(matchings, slopes, costs)
+        label = first.views[0].label + (f" and {len(groups) - 1} more" if groups[1:] else "")
+        best = solve(problems, [label], recipe, tally, like=first.observed, at_once=first.at_once)
+        findings.add(best, problems.parametrization, [indices[first.indices[0]]])
+    return findings.reconstruction(tally)
+
+
+def _of_each_round(
+    views: Sequence[ServerView], knowledge: Knowledge, recipe: Recipe, tally: Tally
+) -> list[Group]:
+    """Return a group of one view for each round that says something of as many examples."""
+    groups: list[Group] = []
+    for place, view in enumerate(views):
+        for group in grouped([view], knowledge, recipe.batch_size, recipe.labels, tally.receipts):
+            if groups and group.batch_size != groups[0].batch_size:
+                tally.receipts.append(f"{view.label}: of another number of examples; left out")
+                continue
+            groups.append(replace(group, indices=(place,)))
+    return groups
