@@ -30,11 +30,24 @@ Overrides = Annotated[
 
 @app.command()
 def run(
-    file: Annotated[Path, typer.Argument(help="A scenario file.")],
+    file: Annotated[Path, typer.Argument(help="A scenario file, or a folder of them.")],
     overrides: Overrides = None,
     engine: Annotated[Engine, typer.Option(help="Where clients run.")] = Engine.INLINE,
 ) -> None:
-    """Run a scenario; the last line printed is the report's path."""
+    """Run a scenario; the last line printed is the report's path.
+
+    Of a folder every scenario is run, in the order of their names, and a table compares them.
+    """
+    if not file.is_dir():
+        print(_run(file, overrides, engine))
+        return
+    from fedsim.series import run_series
+
+    print(run_series(file, lambda one, keys: _run(one, keys, engine), overrides or []))
+
+
+def _run(file: Path, overrides: list[str] | None, engine: Engine) -> Path:
+    """Run one scenario; return the report's path."""
     from fedsim.isolation import start
 
     scenario = _scenario(file, overrides)
@@ -44,13 +57,11 @@ def run(
     if engine is Engine.SIMULATION:
         from fedsim.engines.simulation import run_simulation
 
-        page = run_simulation(scenario, command)
-    else:
-        from fedsim.engines.inline import run_inline
+        return run_simulation(scenario, command)
+    from fedsim.engines.inline import run_inline
 
-        logging.getLogger("flwr").setLevel(logging.ERROR)  # the range tells its own progress
-        page = run_inline(scenario, command, lambda path: print(f"run folder: {path}", flush=True))
-    print(page)
+    logging.getLogger("flwr").setLevel(logging.ERROR)  # the range tells its own progress
+    return run_inline(scenario, command, lambda path: print(f"run folder: {path}", flush=True))
 
 
 @app.command()
@@ -91,6 +102,20 @@ def attack(
     command = shlex.join(["fedsim", *sys.argv[1:]])
     run_folder = RunFolder.open(folder)
     print(write_report(attack_again(run_folder, expression, _changes(overrides), command)))
+
+
+@app.command()
+def resume(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+) -> None:
+    """Finish a run whose reconstruction or report was cut off, from what its attack kept."""
+    from fedsim.isolation import start
+
+    start.SERVER.start()
+    from fedsim.resume import resume as finish
+    from fedsim.run_folder import RunFolder
+
+    print(finish(RunFolder.open(folder)))
 
 
 @app.command()
@@ -170,12 +195,15 @@ def explain(
 
 
 def _scenario(file: Path, overrides: list[str] | None) -> "Scenario":
-    """Read a scenario; a relative ``output.dir`` means the caller's folder."""
+    """Read a scenario; relative ``output.dir`` and ``model.weights`` mean the caller's folder."""
     from fedsim.scenario import Scenario
 
     scenario = Scenario.load(file, _changes(overrides))
-    absolute = Path(scenario.output.dir).expanduser().absolute()
-    return scenario.with_changes(**{"output.dir": str(absolute)})
+    paths = {"output.dir": scenario.output.dir}
+    if scenario.model.weights != "none":
+        paths["model.weights"] = scenario.model.weights
+    absolute = {key: str(Path(path).expanduser().absolute()) for key, path in paths.items()}
+    return scenario.with_changes(**absolute)
 
 
 def _changes(overrides: list[str] | None) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from fedsim import registry
+from fedsim import registry, seeds
 from fedsim.attack import Attack, Manipulation, Setting
 from fedsim.channel import Channel
 from fedsim.data import DataSet, DataSpec, load_dataset, partition
@@ -17,7 +18,7 @@ from fedsim.errors import ScenarioError
 from fedsim.federation import build_strategy, least_share, unfit_strategy
 from fedsim.files import unwritable
 from fedsim.local import Local
-from fedsim.models import initial_model, is_buffer, travelling
+from fedsim.models import initial_model, is_buffer, load_arrays, saved_weights, travelling
 from fedsim.scenario import Scenario
 from fedsim.threat import ORACLES, THREAT_MODELS, least_model
 
@@ -120,9 +121,25 @@ class Parts:
         return torch.device(wanted)
 
     def model(self) -> nn.Module:
-        """Return the federation's model with its initial weights."""
-        name, seed = self.scenario.model.name, self.scenario.seed
-        return initial_model(name, self.spec, seed).to(self.dtype)
+        """Return the federation's model with the weights that training starts from.
+
+        Raises
+        ------
+        ScenarioError
+            If ``model.weights`` names no file with such a model's weights.
+        """
+        name, weights = self.scenario.model.name, self.scenario.model.weights
+        model = initial_model(name, self.spec, self.scenario.seed).to(self.dtype)
+        if weights != "none":
+            try:
+                load_arrays(model, saved_weights(seeds.home() / Path(weights).expanduser()))
+            except (OSError, SafetensorError) as error:
+                remedy = f"cannot be read ({error}); name a .safetensors file or a run's folder"
+                raise ScenarioError("model.weights", weights, remedy) from error
+            except ValueError as error:
+                remedy = f"these are not the weights of {name} on this data: {error}"
+                raise ScenarioError("model.weights", weights, remedy) from error
+        return model
 
 
 @lru_cache(maxsize=4)

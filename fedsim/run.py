@@ -32,7 +32,7 @@ from fedsim.interception import Interception
 from fedsim.isolation import parent as isolation
 from fedsim.isolation.walls import cell
 from fedsim.manipulated import manipulation_facts
-from fedsim.models import build_model, load_arrays, travelling
+from fedsim.models import build_model, load_arrays, save_weights, travelling
 from fedsim.parts import Parts
 from fedsim.population import Ledger, Population, Tap, client_of
 from fedsim.progress import Progress
@@ -84,7 +84,9 @@ def federate(parts: Parts, grid: Grid, context: Context, folder: RunFolder) -> b
         if isinstance(parts.attack, Interception):
             population.tap = cast(Tap, role)
         behind = parts.channel.grid(population, context, scenario.federation.timeout)
-        accuracy = _train(parts, role, population, behind, on_round, called="federation")
+        accuracy = _train(
+            parts, role, population, behind, on_round, called="federation", into=folder.path
+        )
     honest = accuracy.pop("last_honest")
     if isinstance(parts.attack, Manipulation):
         history.manipulation = _manipulation(parts, role, honest)
@@ -164,8 +166,12 @@ def _train(
     on_round: Callable[[int, float], None],
     *,
     called: str,
+    into: Path | None = None,
 ) -> dict[str, float | None]:
-    """Run the rounds; return accuracy on the hold-out before and after."""
+    """Run the rounds; return accuracy on the hold-out before and after.
+
+    ``into`` is a folder for what was trained.
+    """
     scenario = parts.scenario
     rounds = scenario.federation.rounds
     progress = Progress(called, "rounds")
@@ -188,6 +194,8 @@ def _train(
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         if server_round in (0, rounds - 1, rounds):
             measured[server_round] = accuracy(parts, arrays, holdout)
+        if server_round == rounds and into:
+            save_weights(into, {name: array.numpy() for name, array in arrays.items()})
         return None
 
     refereed.start(

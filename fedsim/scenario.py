@@ -14,7 +14,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedsim import wanted
 from fedsim.errors import ScenarioError
-from fedsim.registry import nearest
+from fedsim.registry import Expression, nearest, parse
+
+
+# Keys whose value is an expression: `attack.iterations=50` changes one argument of it.
+EXPRESSIONS = (
+    "attack",
+    "defenses",
+    "channel",
+    "federation.strategy",
+    "federation.local",
+    "data.dataset",
+    "data.partition",
+    "model.name",
+)
 
 
 def _kebab(name: str) -> str:
@@ -75,6 +88,12 @@ class ModelTable(_Table):
     """``[model]``: what is trained."""
 
     name: str = Field("convnet", description="Model expression.")
+    weights: str = Field(
+        "none",
+        min_length=1,
+        description="What training starts from: a `.safetensors` file, or the folder of a run, "
+        "which leaves its trained model there; relative as `output.dir` is. `none`: drawn anew.",
+    )
     batchnorm: Literal["frozen", "shared", "private"] = Field(
         "frozen",
         description="`frozen`: clients use the running statistics the server sent, and return "
@@ -145,7 +164,10 @@ class Scenario(_Table):
             raise ScenarioError("scenario", str(path), "no such file") from None
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ScenarioError("scenario", str(path), f"not readable as TOML: {error}") from None
-        return cls.from_flat({**_flatten(content), **_flatten(overrides or {})})
+        flat = _flatten(content)
+        for key, value in _flatten(overrides or {}).items():
+            flat.update(_inside(flat, key, value))
+        return cls.from_flat(flat)
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> "Scenario":
@@ -193,6 +215,19 @@ def _flatten(content: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
+
+
+def _inside(flat: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """Return the change that ``key=value`` makes; ``attack.iterations`` is an argument's key."""
+    table, _, name = key.rpartition(".")
+    if table not in EXPRESSIONS:
+        return {key: value}
+    text = str(flat.get(table, Scenario.from_flat({}).flat()[table]))
+    found = parse(text, table)
+    if len(found) != 1:
+        remedy = f"{table} = {text!r} is not one expression whose argument it could be"
+        raise ScenarioError(key, value, remedy)
+    return {table: str(Expression(found[0].name, {**found[0].arguments, name: value}))}
 
 
 def known_keys() -> list[str]:

@@ -6,6 +6,8 @@ from fedsim.models.building import (
     is_buffer,
     is_index,
     load_arrays,
+    save_weights,
+    saved_weights,
     travelling,
     uploaded_names,
 )
@@ -16,6 +18,8 @@ __all__ = [
     "is_buffer",
     "is_index",
     "load_arrays",
+    "save_weights",
+    "saved_weights",
     "travelling",
     "uploaded_names",
 ]

@@ -7,13 +7,16 @@ where they want it, so that any layer put before them reads pixels.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from fedsim import registry, seeds
 from fedsim.data.dataset import DataSpec
+from fedsim.files import write_atomically
 
 
 class Normalize(nn.Module):
@@ -96,3 +99,25 @@ def load_arrays(model: nn.Module, arrays: Mapping[str, Any]) -> None:
         for name, buffer in model.named_buffers():
             if not buffer.is_floating_point() and not is_index(name):
                 buffer.zero_()  # BatchNorm's counter: nothing of the last client stays
+
+
+WEIGHTS = "model.safetensors"
+
+
+def saved_weights(path: Path) -> dict[str, Tensor]:
+    """Read a model's travelling arrays from a safetensors file, or from a run's folder.
+
+    Raises
+    ------
+    OSError
+        If there is no such file.
+    SafetensorError
+        If it is none of that kind.
+    """
+    return load_file(path / WEIGHTS if path.is_dir() else path)
+
+
+def save_weights(folder: Path, arrays: Mapping[str, Any]) -> None:
+    """Write a model's travelling arrays (numpy) into a run's folder, for runs after it."""
+    tensors = {name: torch.from_numpy(array).contiguous() for name, array in arrays.items()}
+    write_atomically(folder / WEIGHTS, save(tensors))

@@ -1,0 +1,95 @@
+"""A folder of scenarios, run one after another and compared in one table."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedsim.errors import NotGranted, RunFailed, ScenarioError
+from fedsim.files import write_atomically
+from fedsim.scenario import Scenario
+
+_HEAD = (
+    "scenario",
+    "accuracy",
+    "leaked",
+    "PSNR mean",
+    "best",
+    "SSIM",
+    "LPIPS",
+    "labels",
+    "floor PSNR",
+    "seconds",
+)
+
+
+def run_series(
+    folder: Path, run_one: Callable[[Path, list[str]], Path], overrides: list[str]
+) -> str:
+    """Run every scenario of a folder, in the order of their names; return the table, Markdown.
+
+    The table is written beside the last run folder too.  A scenario that fails does not stop the
+    others.  ``attack.*`` and ``oracles`` overrides pass by scenarios without an attack.
+
+    Raises
+    ------
+    ScenarioError
+        Before anything runs: if there is no scenario in the folder, or one is wrong.
+    RunFailed
+        After everything ran, if one of them failed.
+    """
+    files = sorted(folder.glob("*.toml"))
+    if not files:
+        raise ScenarioError("file", str(folder), "holds no scenario (*.toml)")
+    given = {file: _fitting(file, overrides) for file in files}
+    lines = ["| " + " | ".join(_HEAD) + " |", "|" + " --- |" * len(_HEAD)]
+    failed: list[str] = []
+    for place, (file, own) in enumerate(given.items(), start=1):
+        print(f"[{place}/{len(files)}] {file}", flush=True)
+        try:
+            page = run_one(file, own)
+        except (ScenarioError, RunFailed, NotGranted) as error:
+            print(f"fedsim: {error}", file=sys.stderr, flush=True)
+            failed.append(file.name)
+            lines.append(f"| {file.stem} | failed: {str(error).splitlines()[0]} |")
+            continue
+        lines.append(_row(file.stem, json.loads((page.parent / "report.json").read_text())))
+        write_atomically(page.parents[1] / f"{folder.name}.md", "\n".join(lines) + "\n")
+    table = "\n".join(lines)
+    if failed:
+        raise RunFailed(f"{', '.join(failed)} failed; the others:\n{table}")
+    return table
+
+
+def _fitting(file: Path, overrides: list[str]) -> list[str]:
+    """Return the overrides that this scenario can take."""
+    if Scenario.load(file).attack not in ("", "none"):
+        return overrides
+    return [text for text in overrides if not text.startswith(("attack.", "oracles="))]
+
+
+def _row(name: str, report: dict[str, Any]) -> str:
+    accuracy = report["federation"]["accuracy"]
+    leak = report.get("leak")
+    if not leak:
+        told = f"{_number(accuracy['before'])} to {_number(accuracy['after'])}"
+        return f"| {name} | {told} |" + " |" * (len(_HEAD) - 2)
+    lpips, floor = leak["lpips"], leak["floor"]
+    cells = [
+        name,
+        _number(accuracy["before"]),
+        f"{leak['leaked']} of {leak['private_examples']}",
+        f"{leak['psnr']['mean']:.1f}",
+        f"{leak['psnr']['max']:.1f}",
+        f"{leak['ssim']['mean']:.2f}",
+        f"{lpips['mean']:.2f}" if lpips else "",
+        _number(leak["label_accuracy"]),
+        f"{floor['psnr']['mean']:.1f}" if floor else "",
+        f"{report['attack']['seconds']:.0f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

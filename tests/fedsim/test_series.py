@@ -1,0 +1,121 @@
+"""A folder of scenarios in one command, each starting from what an earlier one trained."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedsim.errors import RunFailed, ScenarioError
+from fedsim.parts import Parts, check
+from fedsim.scenario import Scenario
+from fedsim.series import run_series
+from tests.fedsim.small import federated, latest, scenario
+from tests.fedsim.test_cli import Fedsim, fedsim, refused  # noqa: F401 - a fixture
+
+FEDAVG = {"federation.local": "fedavg(epochs=1, batch_size=8, lr=0.1)"}
+
+
+def trained(folder: Path) -> Path:
+    """Train two rounds; return the run's folder."""
+    return federated(folder, {"federation.rounds": 2, **FEDAVG}).folder.path
+
+
+def test_a_run_leaves_its_model_and_another_starts_from_it(tmp_path: Path) -> None:
+    first = trained(tmp_path)
+    weights = load_file(first / "model.safetensors")
+    for named in (first, first / "model.safetensors"):
+        changed = scenario(tmp_path, {"model.weights": str(named), "threat-model": "B"})
+        model = Parts(changed).model()
+        for name, tensor in model.named_parameters():
+            assert torch.equal(tensor, weights[name])
+    fresh = Parts(scenario(tmp_path)).model()
+    assert not torch.equal(next(fresh.parameters()), next(model.parameters()))
+    again = federated(tmp_path, {"model.weights": str(first), "threat-model": "B"})
+    before = again.federation["accuracy"]["before"]
+    told = json.loads((first / "federation.json").read_text())
+    assert before == told["accuracy"]["after"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "changes", "said"),
+    [
+        ("nowhere", {}, "name a .safetensors file or a run's folder"),
+        ("here", {"model.name": "mlp(hidden=[9])"}, "not the weights of mlp"),
+        ("garbage", {}, "cannot be read"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(
+    tmp_path: Path, weights: str, changes: dict[str, Any], said: str
+) -> None:
+    (tmp_path / "garbage").write_bytes(b"no tensors")
+    if weights == "here":
+        (tmp_path / "here").symlink_to(trained(tmp_path))
+    wanted = scenario(tmp_path, {"model.weights": str(tmp_path / weights), **changes})
+    with pytest.raises(ScenarioError, match=said) as error:
+        check(Parts(wanted))
+    assert error.value.key == "model.weights"
+
+
+def written(folder: Path, name: str, changes: dict[str, Any]) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.toml").write_text(
+        scenario(folder.parent / "runs", {"threat-model": "B", **changes}).to_toml()
+    )
+
+
+def test_a_folder_is_run_in_order_and_compared(tmp_path: Path, fedsim: Fedsim) -> None:  # noqa: F811
+    folder, runs = tmp_path / "series", tmp_path / "runs"
+    written(folder, "1_train", {"output.dir": str(runs / "trained"), **FEDAVG})
+    start = {"model.weights": str(runs / "trained" / "latest")}
+    attack = {"attack": "linear-inversion", **start}
+    written(folder, "2_attack", {**attack, "federation.local": "fedsgd(batch_size=1, lr=0.1)"})
+    said = fedsim("run", folder, "federation.clients=2", "attack.layer='1'")
+    assert said.status == 0, said.err
+    rows = [line for line in said.out.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| 1_train", "| 2_attack"]
+    assert " 2 of 2 " in rows[3]
+    assert (runs / "series.md").read_text().splitlines() == rows
+    assert latest(runs).scenario.attack == "linear-inversion(layer='1')"
+    assert latest(runs / "trained").scenario.federation.clients == 2
+
+
+def test_one_that_fails_leaves_the_others_standing(tmp_path: Path) -> None:
+    folder = tmp_path / "series"
+    for name in "abc":
+        written(folder, name, {"title": name})
+    ran = []
+
+    def run_one(file: Path, _: list[str]) -> Path:
+        ran.append(file.stem)
+        if file.stem == "b":
+            raise RunFailed("no round had a usable reply")
+        place = tmp_path / "runs" / file.stem
+        place.mkdir(parents=True)
+        federation = '{"federation": {"accuracy": {"before": 0.1, "after": 0.2}}}'
+        (place / "report.json").write_text(federation)
+        return place / "report.html"
+
+    with pytest.raises(RunFailed, match=r"b\.toml failed") as error:
+        run_series(folder, run_one, [])
+    assert ran == ["a", "b", "c"]
+    assert "| c | 0.10 to 0.20 |" in str(error.value)
+    with pytest.raises(ScenarioError, match="holds no scenario"):
+        run_series(tmp_path / "runs", run_one, [])
+
+
+def test_one_argument_of_an_expression_is_changed_in_place(tmp_path: Path, fedsim: Fedsim) -> None:  # noqa: F811
+    file = tmp_path / "one.toml"
+    changes = {
+        "attack": "linear-inversion(layer='1')",
+        "defenses": "clip(norm=1.0) | prune(ratio=0.5)",
+    }
+    file.write_text(scenario(tmp_path, {"threat-model": "B", **changes}).to_toml())
+    changed = Scenario.load(file, {"attack": {"layer": "2"}, "federation.local.lr": 0.5})
+    assert changed.attack == "linear-inversion(layer='2')"
+    assert changed.federation.local == "fedsgd(batch_size=2, lr=0.5)"
+    refused(fedsim("validate", file, "defenses.norm=2.0"), "defenses.norm", "not one expression")
+    refused(fedsim("validate", file, "attack.layers='1'"), "no such parameter", "'layer'")
+    refused(fedsim("validate", file, "title.first=3"), "not a table")
