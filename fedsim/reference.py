@@ -24,8 +24,8 @@ def _page() -> Iterator[str]:
     yield "A scenario is a TOML file. Every key has a default, and any key is changed in place:"
     yield '`fedsim run FILE seed=3 federation.clients=16`, or `flwr run . --run-config "seed=3"`.'
     yield "Components are expressions, `name` or `name(key=literal, ...)`; `fedsim list` says which"
-    yield "there are and `fedsim explain NAME` what they take.  A single argument is changed in place"
-    yield "too: `fedsim run FILE attack.iterations=50 federation.local.lr=0.05`."
+    yield "there are and `fedsim explain NAME` what they take.  One argument is changed by"
+    yield "`fedsim run FILE attack.iterations=50 federation.local.lr=0.05`."
     yield from _table("", Scenario)
     for name, field in Scenario.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):

@@ -16,7 +16,6 @@ from fedsim import wanted
 from fedsim.errors import ScenarioError
 from fedsim.registry import Expression, nearest, parse
 
-
 # Keys whose value is an expression: `attack.iterations=50` changes one argument of it.
 EXPRESSIONS = (
     "attack",
