@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from fedsim import reconstructions, seeds
 from fedsim.attack import Active, Attack
 from fedsim.audit.vault import Vault, VaultRecord
+from fedsim.checkpoints import Checkpoints, SavedCheckpoints
 from fedsim.data import split_test
 from fedsim.errors import RunFailed
 from fedsim.isolation import parent as isolation
@@ -51,11 +52,17 @@ def _reconstruct(parts: Parts, attack: Attack, folder: RunFolder, into: RunFolde
         raise RunFailed("the server saw no upload: there is nothing to reconstruct from")
     isolation.prepare(attack)
     facts = saved.facts()
-    knowledge = build_knowledge(parts, folder, Progress(attack.name, attack.unit), attack)
+    progress = Progress(attack.name, attack.unit)
+    kept = SavedCheckpoints(
+        folder.path, reconstructions.slug(parts.scenario.attack), parts.scenario, progress.resumed
+    )
+    knowledge = build_knowledge(parts, folder, progress, attack, kept)
     started = time.perf_counter()
     result = isolation.reconstruct(attack, saved, knowledge, walls(parts, folder))
-    seconds = time.perf_counter() - started
+    seconds = kept.earlier + time.perf_counter() - started
     cost = dataclasses.replace(result.cost, seconds=seconds)
+    receipts = (*result.receipts, *_cut_off(kept, knowledge))
+    result = dataclasses.replace(result, cost=cost, receipts=receipts)
     told = reconstructions.Facts(
         expression=parts.scenario.attack,
         name=attack.name,
@@ -66,13 +73,21 @@ def _reconstruct(parts: Parts, attack: Attack, folder: RunFolder, into: RunFolde
         senders=tuple(tuple(fact["senders"]) for fact in facts),
         rounds=tuple(fact["round"] for fact in facts),
     )
-    kept = into.path / "reconstructions"
     try:
-        path = reconstructions.save(kept, dataclasses.replace(result, cost=cost), told)
+        path = reconstructions.save(into.path / "reconstructions", result, told)
     except ValueError as error:
         raise RunFailed(f"what {attack.name} returned cannot be judged: {error}") from error
     into.event("reconstructed", attack=parts.scenario.attack, seconds=seconds)
+    knowledge.forget()
     return path
+
+
+def _cut_off(kept: SavedCheckpoints, knowledge: Knowledge) -> Iterator[str]:
+    """Say in the receipts what nobody would tell from the figures."""
+    if kept.earlier:
+        yield f"went on from what an attempt before had kept after {kept.earlier:.1f} s"
+    if knowledge.stopping:
+        yield "Ctrl-C asked for the best so far: it may have ended before it was done"
 
 
 def used_in_crafting(folder: RunFolder) -> set[str]:
@@ -85,7 +100,11 @@ def used_in_crafting(folder: RunFolder) -> set[str]:
 
 
 def build_knowledge(
-    parts: Parts, folder: RunFolder, progress: Progress, attack: Attack | None = None
+    parts: Parts,
+    folder: RunFolder,
+    progress: Progress,
+    attack: Attack | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Knowledge:
     """Build what the scenario's threat model lets an attack know, and load it: later it is sealed.
 
@@ -114,6 +133,7 @@ def build_knowledge(
         clients=scenario.federation.clients,
         known=parts.known,
         progress=progress,
+        checkpoints=checkpoints,
     )
 
 

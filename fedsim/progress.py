@@ -20,8 +20,13 @@ class Progress:
     def __init__(self, task: str, unit: str) -> None:
         self.task, self.unit = task, unit
         self.started = self.last = time.monotonic()
+        self.counted, self.before, self.resuming = self.started, 0, False
         self.terminal = sys.stderr.isatty()
         self.ended = False
+
+    def resumed(self) -> None:
+        """Say that what the next call counts was done before: it is no part of the rate."""
+        self.resuming = True
 
     def __call__(self, done: int, total: int, text: str = "") -> None:
         """Say that ``done`` of ``total`` units are done; ``text`` is the objective, say.
@@ -29,26 +34,29 @@ class Progress:
         Calls in quick succession are passed over; the end is told once, however often it is said.
         """
         now, finished = time.monotonic(), done >= total
+        if self.resuming:
+            self.counted, self.before, self.resuming = now, done, False
         repeated, self.ended = finished and self.ended, finished
         if repeated:
             return
         if not finished and now - self.last < (0.2 if self.terminal else _EVERY):
             return
         self.last = now
-        line = self._line(done, total, now - self.started, text)
+        line = self._line(done, total, now, text)
         if self.terminal:
             print(f"\r\x1b[K{line}", end="\n" if finished else "", file=sys.stderr, flush=True)
         else:
             print(line, flush=True)
 
-    def _line(self, done: int, total: int, seconds: float, text: str) -> str:
-        rate = done / seconds if seconds > 0 else 0.0
+    def _line(self, done: int, total: int, now: float, text: str) -> str:
+        seconds = now - self.counted
+        rate = (done - self.before) / seconds if seconds > 0 else 0.0
         left = (total - done) / rate if rate else float("inf")
         parts = [f"{self.task} {done}/{total} {self.unit}", _rate(rate, self.unit)]
         if done < total and rate:
             parts.append(f"{_duration(left)} left")
         if done >= total:
-            parts.append(f"took {_duration(seconds)}")
+            parts.append(f"took {_duration(now - self.started)}")
         return ", ".join([*parts, text] if text else parts)
 
 

@@ -14,7 +14,7 @@ from fedsim.attack import Active
 from fedsim.errors import ScenarioError
 from fedsim.parts import Parts, check
 from fedsim.registry import nearest
-from fedsim.run_folder import RunFolder, plainly
+from fedsim.run_folder import RunFolder, interruptible, plainly
 from fedsim.threat import THREAT_MODELS, Capability, least_model
 
 _CAPTURE = ("views", "vault", "federation.json")
@@ -55,7 +55,8 @@ def attack_again(
         check(parts, here=False)  # no client is going to run
         run.gather_vault()
         into = _folder(run, parts, changes, expression, command)
-    reconstruct(parts, attack, run, into)
+    with interruptible(into):
+        reconstruct(parts, attack, run, into)
     return into
 
 

@@ -164,6 +164,17 @@ def explain_os_error(error: OSError, folder: Path) -> RunFailed:
 
 
 @contextmanager
+def interruptible(folder: RunFolder) -> Iterator[None]:
+    """Say at a Ctrl-C where what was saved stays, and write down that there was one."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        folder.event("interrupted")
+        print(f"interrupted; what was saved stays in {folder.path}", file=sys.stderr)
+        raise
+
+
+@contextmanager
 def plainly(folder: RunFolder) -> Iterator[None]:
     """Say what an error of the disk, or a refusal by the guard, means for the run."""
     try:

@@ -7,6 +7,7 @@ report.
 """
 
 import copy
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim import seeds
+from fedsim.checkpoints import Checkpoint, Checkpoints, named, plain
 from fedsim.data import DataSpec, Split
 from fedsim.errors import NotGranted
 from fedsim.models import build_model, load_arrays
@@ -134,6 +136,7 @@ class Knowledge:
         clients: int = 1,
         known: tuple[Tensor, ...] = (),
         progress: Callable[[int, int, str], None] | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         has = THREAT_MODELS[threat_model]
         self.device = device
@@ -151,7 +154,8 @@ class Knowledge:
         self._statistics = statistics if Capability.STATISTICS in has else None
         self._oracles = dict(oracles or {})
         self._history: Sequence[ServerView] = ()
-        self._kept: dict[str, dict[str, Tensor]] = {}
+        self._checkpoints = checkpoints or Checkpoints()
+        self._asked_to_stop = threading.Event()
 
     def remember(self, views: SavedViews) -> None:
         """Let a manipulator know what came back in the rounds before."""
@@ -307,19 +311,56 @@ class Knowledge:
         self._oracles_used.add(name)
         return self._oracles[name](view)
 
-    # -- an attempt before this one, and the end of this one -------------------------------------
+    # -- being cut off -------------------------------------------------------------------------
     def kept(self, name: str) -> dict[str, Tensor]:
-        """Return what an attempt of this attack on these views kept before it was cut off."""
-        return self._kept.get(name, {})
+        """Return what an attempt of this very attack kept under a name before it was cut off.
+
+        It was on these very views and knew the same, and what it had used counts as used.  Empty
+        if there is nothing.
+
+        Raises
+        ------
+        ValueError
+            If no checkpoint can have this name.
+        """
+        found = self._checkpoints.get(name)
+        if found is None:
+            return {}
+        self._used |= {Capability(capability) for capability in found.used}
+        self._oracles_used |= found.oracles
+        return plain(found.tensors)
 
     def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors for an attempt after this one, in place of what was kept by this name."""
-        self._kept[name] = dict(tensors)
+        """Keep tensors under a name, instead of what was kept there, until the attack is done.
+
+        Parameters
+        ----------
+        name : str
+            Up to 100 of a-z, 0-9, '.', '_' and '-', a letter or digit first.
+        tensors : mapping of str to Tensor
+            Copied to the CPU.
+
+        Raises
+        ------
+        ValueError
+            If no checkpoint can have this name.
+        """
+        used = frozenset(capability.value for capability in self._used)
+        kept = Checkpoint(plain(tensors), used, frozenset(self._oracles_used))
+        self._checkpoints.put(named(name), kept)
+
+    def forget(self) -> None:
+        """Drop whatever is kept."""
+        self._checkpoints.clear()
 
     @property
     def stopping(self) -> bool:
-        """Whether somebody asked for the best so far."""
-        return False
+        """Whether somebody asked for the best so far: an attack that looks hands it back."""
+        return self._asked_to_stop.is_set()
+
+    def stop(self) -> None:
+        """Ask for the best so far."""
+        self._asked_to_stop.set()
 
     # -- the attack's own randomness -----------------------------------------------------------
     def generator(self, *names: object) -> torch.Generator:

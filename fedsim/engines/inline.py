@@ -6,7 +6,6 @@ For tests, labs and small runs, and the reference that the other engines must ag
 import contextlib
 import queue
 import secrets
-import sys
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,7 +20,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedsim.parts import Parts, check, check_writable
 from fedsim.run import run
-from fedsim.run_folder import RunFolder, output_dir
+from fedsim.run_folder import RunFolder, interruptible, output_dir
 from fedsim.scenario import Scenario
 from fedsim.stopping import stop
 
@@ -54,11 +53,8 @@ def run_inline(
     context = Context(run_id, HOST, node_config, RecordDict(), scenario.flat())
     grid = InlineGrid(app, context, scenario.federation.timeout)
     try:
-        return run(scenario, grid, context, folder)
-    except KeyboardInterrupt:
-        folder.event("interrupted")
-        print(f"interrupted; what was saved stays in {folder.path}", file=sys.stderr)
-        raise
+        with interruptible(folder):
+            return run(scenario, grid, context, folder)
     finally:
         grid.close()
 

@@ -11,18 +11,20 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from fedsim import reconstructions
 from fedsim.attack import Attack, Reconstruction
 from fedsim.audit.guard import sealed
 from fedsim.audit.landlock import restrict
+from fedsim.checkpoints import named, plain
 from fedsim.data import DataSpec, Split
 from fedsim.errors import NotGranted
 from fedsim.isolation import wire
@@ -60,6 +62,7 @@ class Line:
 
     def __init__(self, line: socket.socket) -> None:
         self._line, self._lock, self._told = line, threading.RLock(), 0.0
+        self._stopping = False
 
     def task(self) -> tuple[Task, Attack]:
         """Wait for what there is to do; the attack's module is imported on the way."""
@@ -78,7 +81,10 @@ class Line:
         """
         with self._lock:
             wire.send(self._line, {"say": "ask", "question": question, "about": about})
-            _, content = wire.receive(self._line)
+            told, content = wire.receive(self._line)
+            if told.get("stop"):  # the one thing that comes unasked, and once
+                self._stopping = True
+                told, content = wire.receive(self._line)
         answer = pickle.loads(content)  # the range's own making
         if isinstance(answer, BaseException):
             raise answer
@@ -88,6 +94,19 @@ class Line:
         """Tell the range something that it does not answer."""
         with self._lock:
             wire.send(self._line, {"say": say, **facts}, content)
+
+    def stopping(self) -> bool:
+        """Say whether the range asked for the best so far; a look costs a microsecond or two."""
+        with self._lock:
+            if not self._stopping and self._something_came():
+                self._stopping = bool(wire.receive(self._line)[0].get("stop"))
+        return self._stopping
+
+    def _something_came(self) -> bool:
+        try:
+            return bool(self._line.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except OSError:  # BlockingIOError where there is nothing
+            return False
 
     def progress(self, done: int, total: int, text: str = "") -> None:
         """Tell how far the attack is, unless that was just told."""
@@ -132,7 +151,7 @@ class AskedKnowledge(Knowledge):
             known=task.known,
             progress=line.progress,
         )
-        self._ask = line.ask
+        self._ask, self._line = line.ask, line
         self._given: Split | None = None
 
     @property
@@ -182,6 +201,23 @@ class AskedKnowledge(Knowledge):
     def oracle(self, name: str, view: ServerView) -> Any:
         """Return what no threat model grants; only where the scenario names the oracle."""
         return self._ask("oracle", name, view.round, view.senders)
+
+    def kept(self, name: str) -> dict[str, Tensor]:
+        """Return what an attempt before kept under a name, or nothing."""
+        found: dict[str, Tensor] = self._ask("kept", named(name))
+        return found
+
+    def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors under a name until the attack is done: the range writes them down."""
+        self._line.tell("keep", save(plain(tensors)), name=named(name))
+
+    def forget(self) -> None:
+        """Drop nothing: that is the range's, when it has what the attack made."""
+
+    @property
+    def stopping(self) -> bool:
+        """Whether somebody asked for the best so far."""
+        return self._line.stopping()
 
 
 def main(connection: socket.socket, scratch: Path) -> None:

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load
 
 from fedsim import reconstructions
 from fedsim.attack import Attack, Reconstruction
 from fedsim.audit.guard import hidden
+from fedsim.checkpoints import named
 from fedsim.errors import NotGranted, RunFailed, ScenarioError
 from fedsim.isolation import server, start, wire
 from fedsim.isolation.child import Task
+from fedsim.stopping import first_interrupt
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import Blanked, SavedViews, ServerView
 
@@ -69,7 +72,8 @@ def reconstruct(
     with _child(server.way(knowledge.device.type)) as (line, ending):
         conversation = _Conversation(attack, views, knowledge, line, ending)
         wire.send(line, {"sys_path": sys.path}, pickle.dumps((task, attack)))
-        return conversation.hold()
+        with first_interrupt(conversation.finish):
+            return conversation.hold()
 
 
 def _threads() -> int:
@@ -114,6 +118,7 @@ class _Conversation:
         self.attack, self.knowledge, self.line, self.ending = attack, knowledge, line, ending
         self.views = Blanked(views)
         self.attempts: list[str] = []
+        self.sending = self.stop_told = False
 
     def hold(self) -> Reconstruction:
         """Answer until the child is done."""
@@ -127,10 +132,38 @@ class _Conversation:
                 self._answer(told)
             elif say == "progress":
                 self.knowledge.progress(told["done"], told["total"], told["text"])
+            elif say == "keep":
+                self._keep(told, content)
             elif say == "refused":
                 self.attempts.append(told["deed"])
+                self.knowledge.forget()  # what a cheat kept is no more to be believed
             else:
                 return self._outcome(told, content)
+
+    def finish(self) -> None:
+        """Ask the child for the best so far; in the middle of an answer, after it.
+
+        A signal's handler calls this, at any step of the thread that talks.
+        """
+        self.knowledge.stop()
+        if not self.sending:
+            self._tell_stop()
+
+    def _tell_stop(self) -> None:
+        if not self.stop_told:
+            self.stop_told = True
+            with contextlib.suppress(OSError):  # it is gone, as the next word tells
+                wire.send(self.line, {"stop": True})
+
+    def _keep(self, told: Mapping[str, Any], content: bytes) -> None:
+        """Write down what the child wants kept; nothing of a child that reached for the truth."""
+        if self.attempts:
+            return
+        try:
+            name, tensors = named(told["name"]), load(content)
+        except Exception as error:
+            raise RunFailed(f"{self.attack.name} kept what cannot be read: {error}") from error
+        self.knowledge.keep(name, tensors)
 
     def _outcome(self, told: dict[str, Any], content: bytes) -> Reconstruction:
         """Take what the child made, or say what went wrong."""
@@ -161,7 +194,11 @@ class _Conversation:
             answer = NotGranted(str(refusal))
         except Exception as error:
             answer = _plain(error)
+        self.sending = True
         wire.send(self.line, {}, pickle.dumps(answer))
+        self.sending = False
+        if self.knowledge.stopping:
+            self._tell_stop()
 
     def view(self, index: int) -> ServerView:
         """Return one view, blanked of what an attack asks its knowledge for."""
@@ -203,5 +240,6 @@ _ANSWERS: dict[str, Callable[..., Any]] = {
     "surrogate": lambda held: held.knowledge.surrogate,
     "statistics": lambda held, client: held.knowledge.statistics(client),
     "num_examples": lambda held, *view: held.knowledge.num_examples(_asked_about(*view)),
+    "kept": lambda held, name: held.knowledge.kept(name),
     "oracle": lambda held, name, *view: held.knowledge.oracle(name, _asked_about(*view)),
 }
