@@ -96,7 +96,7 @@ class Line:
             wire.send(self._line, {"say": say, **facts}, content)
 
     def stopping(self) -> bool:
-        """Say whether the range asked for the best so far; a look costs a microsecond or two."""
+        """Say whether the range asked for the best so far; a look costs microseconds."""
         with self._lock:
             if not self._stopping and self._something_came():
                 self._stopping = bool(wire.receive(self._line)[0].get("stop"))

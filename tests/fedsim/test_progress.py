@@ -101,6 +101,24 @@ def test_the_end_is_told_once_and_again_only_after_a_new_beginning(
     assert capsys.readouterr().out.count("took") == 2
 
 
+def test_what_was_done_before_is_no_part_of_the_rate(
+    start: Start, watch: Watch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = start()
+    progress.resumed()
+    watch.seconds += 10
+    progress(60, 100)
+    watch.seconds += 10
+    progress(80, 100)
+    watch.seconds += 10
+    progress(100, 100)
+    assert capsys.readouterr().out.splitlines() == [
+        "reading 60/100 views, 0.0 views/s",
+        "reading 80/100 views, 2.0 views/s, 10.0 s left",
+        "reading 100/100 views, 2.0 views/s, took 30.0 s",
+    ]
+
+
 @pytest.mark.parametrize(
     ("attack", "changes", "said"),
     [
