@@ -72,13 +72,21 @@ class Honest:
         return ServerView(1, (client,), self.expression, sent, upload, "gradient")
 
     def weights(
-        self, images: Tensor, labels: Tensor, lr: float, client: int = 0, batch_size: int = 0
+        self,
+        images: Tensor,
+        labels: Tensor,
+        lr: float,
+        client: int = 0,
+        batch_size: int = 0,
+        epochs: int = 1,
+        shuffled: bool = False,
     ) -> ServerView:
-        """One epoch of SGD: the upload is the weights after it."""
+        """Epochs of SGD, each in an order of its own if shuffled: the upload is the weights."""
         model = self.model()
         sent = self.sent()
         size = batch_size or len(labels)
-        for chosen in torch.arange(len(labels)).split(size):
+        generator = torch.Generator().manual_seed(client)
+        for chosen in self._batches(len(labels), size, epochs, generator if shuffled else None):
             loss = cross_entropy(model(images[chosen].to(self.dtype)), labels[chosen])
             gradients = torch.autograd.grad(loss, list(model.parameters()))
             with torch.no_grad():
@@ -86,6 +94,12 @@ class Honest:
                     parameter.sub_(lr * gradient)
         after = {name: t.clone() for name, t in travelling(model).items()}
         return ServerView(1, (client,), self.expression, sent, after, "weights")
+
+    @staticmethod
+    def _batches(examples: int, size: int, epochs: int, generator: torch.Generator | None):
+        for _ in range(epochs):
+            shuffled = generator and torch.randperm(examples, generator=generator)
+            yield from (torch.arange(examples) if shuffled is None else shuffled).split(size)
 
     def knowledge(
         self,
@@ -96,14 +110,20 @@ class Honest:
         surrogate: Split | None = None,
         labels: dict[str, Tensor] | None = None,
         batchnorm: str = "frozen",
+        epochs: int | None = None,
     ) -> Knowledge:
-        """What the server knows; ``examples`` counts what is behind client 0's view, or each."""
+        """What the server knows; ``examples`` counts what is behind client 0's view, or each.
+
+        Clients upload a gradient, or weights after so many ``epochs``.
+        """
         counts = {"round-1-client-0": examples} if isinstance(examples, int) else examples
         oracles = {"labels": lambda view: labels[view.label]} if labels else {}
         return Knowledge(
             threat_model,
             data=self.spec,
-            training=TrainingDetails("gradient", lr, batch_size, 1, 0.0, 0.0),
+            training=TrainingDetails(
+                "weights" if epochs else "gradient", lr, batch_size, epochs or 1, 0.0, 0.0
+            ),
             seed=11,
             device=torch.device("cpu"),
             batchnorm=batchnorm,
