@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from fedsim.attack import Setting
 from fedsim.registry import register
 from fedsim.threat import Knowledge
 from fedsim.view import ServerView
-from strategies.attacks.labels.rule import LabelRule, classifier, moved
+from strategies.attacks.labels.rule import LabelRule, classifier, most_examples, moved
 
 
 @register("labels", "gradinversion")
@@ -28,6 +29,15 @@ class GradInversion(LabelRule):
     def check(self, model: nn.Module) -> None:
         """Refuse a model that does not end in a fully connected layer."""
         classifier(model)
+
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse views of more examples than there are classes."""
+        most, classes = most_examples(setting), classifier(setting.model)[1].out_features
+        if most > classes:
+            raise ValueError(
+                f"a view is of up to {most} examples of {classes} classes, and the gradinversion "
+                "rule names no class twice; use labels='analytic'"
+            )
 
     def labels(
         self,

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedsim.attack import Setting
 from fedsim.registry import register
 from fedsim.threat import Knowledge
 from fedsim.view import ServerView
-from strategies.attacks.labels.rule import LabelRule, classifier
+from strategies.attacks.labels.rule import LabelRule, classifier, most_examples
 
 
 @register("labels", "idlg")
@@ -25,6 +26,14 @@ class IDLG(LabelRule):
     def check(self, model: nn.Module) -> None:
         """Refuse a model that does not end in a fully connected layer."""
         classifier(model)
+
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse views of more than one example."""
+        if (most := most_examples(setting)) > 1:
+            raise ValueError(
+                f"a view is of up to {most} examples and the idlg rule is for one; "
+                "use labels='analytic'"
+            )
 
     def labels(
         self,

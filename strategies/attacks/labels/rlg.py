@@ -18,11 +18,12 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor, nn
 
+from fedsim.attack import Setting
 from fedsim.registry import register
 from fedsim.threat import Knowledge
 from fedsim.view import ServerView
 from strategies.attacks.labels.llg import negative_share, peel
-from strategies.attacks.labels.rule import LabelRule, classifier, moved
+from strategies.attacks.labels.rule import LabelRule, classifier, most_examples, moved
 
 # A vector of length about 1 that is meant to be negative somewhere is so by more than this.
 CLEAR = 1e-2
@@ -41,6 +42,15 @@ class RLG(LabelRule):
     def check(self, model: nn.Module) -> None:
         """Refuse a model that does not end in a fully connected layer."""
         classifier(model)
+
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse views of as many examples as there are classes or features."""
+        most, layer = most_examples(setting), classifier(setting.model)[1]
+        if most >= min(layer.out_features, layer.in_features):
+            raise ValueError(
+                f"a view is of up to {most} examples and the rlg rule needs fewer than classes and "
+                f"features ({layer.out_features}, {layer.in_features}); use labels='analytic'"
+            )
 
     def labels(
         self,

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from fedsim.attack import Setting
 from fedsim.data import DataSpec
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
@@ -28,6 +29,9 @@ class LabelRule(ABC):
 
     def check(self, model: nn.Module) -> None:  # noqa: B027
         """Refuse a model whose gradient this rule cannot read (``ValueError``)."""
+
+    def check_setting(self, setting: Setting) -> None:  # noqa: B027
+        """Refuse a federation whose views are of more than this rule can read (``ValueError``)."""
 
     @abstractmethod
     def labels(
@@ -49,6 +53,12 @@ class LabelRule(ABC):
         ValueError
             If the rule cannot say anything about this update.
         """
+
+
+def most_examples(setting: Setting) -> int:
+    """Return of how many examples the largest view can be: of an aggregate, all its senders'."""
+    uploads = setting.uploads
+    return sum(uploads[-setting.cohort :]) if setting.channel.aggregates else uploads[-1]
 
 
 def classifier(model: nn.Module) -> tuple[str, nn.Linear]:
