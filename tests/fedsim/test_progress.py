@@ -119,6 +119,18 @@ def test_what_was_done_before_is_no_part_of_the_rate(
     ]
 
 
+def test_what_an_attack_says_stands_in_the_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say = watching(lambda views, knowledge: knowledge.progress(3, 3, "objective 0.25"))
+    plug_in(monkeypatch, "attack", "saying", say)
+    federated(tmp_path, {"attack": "saying"})
+    (line,) = [one for one in capsys.readouterr().out.splitlines() if one.startswith("saying")]
+    assert line.startswith("saying 3/3 steps, ")
+    assert line.endswith(" s, objective 0.25")
+    assert ", took " in line
+
+
 @pytest.mark.parametrize(
     ("attack", "changes", "said"),
     [
