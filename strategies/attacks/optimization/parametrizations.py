@@ -118,3 +118,29 @@ class PixelsAndLabels(Parametrization):
         images = variables[:, : self.pixels].view(*both, *self.spec.shape)
         logits = variables[:, self.pixels :].view(*both, self.spec.num_classes)
         return Candidate(images, logits.softmax(dim=-1))
+
+
+class Pixels(Parametrization):
+    """Pixels as they are, without a box; labels known.  Starts at N(0, 1) (Zhao et al. 2020).
+
+    Parameters
+    ----------
+    spec : DataSpec
+    labels : Tensor
+        ``[T, B]`` int64, on the device to search on.
+    """
+
+    def __init__(self, spec: DataSpec, labels: Tensor) -> None:
+        self.spec, self.labels = spec, labels
+
+    def start(self, generator: torch.Generator) -> Tensor:
+        """Return standard normal numbers ``[B * C * H * W]``."""
+        return torch.randn(self.labels.shape[1] * prod(self.spec.shape), generator=generator)
+
+    def decode(self, variables: Tensor) -> Candidate:
+        """Return the variables as images, and the labels."""
+        return Candidate(variables.view(*self.labels.shape, *self.spec.shape), self.labels)
+
+    def take(self, rows: Tensor) -> Self:
+        """Return the parametrization of some of the targets."""
+        return type(self)(self.spec, self.labels[rows])
