@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, replace_all_batch_norm_modules_, vmap
 from torch.nn.functional import cross_entropy
 
+from strategies.attacks.optimization.convolutions import is_narrow
 from strategies.attacks.optimization.parametrizations import Candidate
 
 
@@ -24,6 +25,8 @@ class Operator(ABC):
 
     #: How many gradients of the network one candidate takes.
     evaluations: int = 1
+    #: Whether the network's convolutions all have few channels.
+    narrow: bool = False
 
     @abstractmethod
     def __call__(self, candidate: Candidate) -> tuple[list[Tensor], list[Tensor]]:
@@ -54,7 +57,7 @@ class BatchGradients(Operator):
 
     def __init__(self, model: nn.Module, names: Sequence[str], layers: Sequence[str] = ()) -> None:
         freeze(model, names)
-        self.model = model
+        self.model, self.narrow = model, is_narrow(model)
         everything = dict(model.named_parameters())
         self.wanted = [everything[name] for name in names]
         self._constants = {name: everything[name].detach() for name in names}

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from strategies.attacks.optimization.activations import ActivationPrior
+from strategies.attacks.optimization.convolutions import convolutions_for
 from strategies.attacks.optimization.gradients import Operator
 from strategies.attacks.optimization.objectives import Objective
 from strategies.attacks.optimization.optimizers import Optimizer
-from strategies.attacks.optimization.parametrizations import Parametrization
+from strategies.attacks.optimization.parametrizations import Candidate, Parametrization
 from strategies.attacks.optimization.priors import Prior
 
 # How often the loop looks up, and how often it asks the device which problems are lost.
@@ -73,6 +74,10 @@ class Matching:
         """Evaluate ``[T, n]``: one forward pass, one back, one back through both."""
         variables = variables.detach().requires_grad_()
         candidate = self.parametrization.decode(variables)
+        with convolutions_for(candidate.images, self.operator.narrow):
+            return self._evaluate(variables, candidate, progress)
+
+    def _evaluate(self, variables: Tensor, candidate: Candidate, progress: float) -> Evaluation:
         updates, inputs = self.operator(candidate)
         penalties = self._penalties(inputs, progress)
         with torch.no_grad():

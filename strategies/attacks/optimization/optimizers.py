@@ -140,12 +140,13 @@ class LBFGS(Optimizer):
     """L-BFGS without a line search (Liu and Nocedal 1989), as ``torch.optim.LBFGS`` defaults do.
 
     Each problem has a history of its own; a pair without curvature (``y.s <= 1e-10``) keeps its
-    place in the history and has no effect.
+    place in the history and has no effect.  Pairs are kept divided by ``sqrt(y.s)``, which takes
+    their curvature out of both loops.
     """
 
     def __init__(self, lr: float = 1.0, history: int = 100) -> None:
         self.lr = lr
-        self.pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=history)
+        self.pairs: deque[tuple[Tensor, Tensor]] = deque(maxlen=history)
         self.scale: Tensor | None = None
         self.before: Tensor | None = None
         self.moved: Tensor | None = None
@@ -164,24 +165,22 @@ class LBFGS(Optimizer):
 
     def _remember(self, y: Tensor, s: Tensor, scale: Tensor) -> Tensor:
         """Keep a pair, and return the new scale of the first guess of the inverse Hessian."""
-        curvature = torch.linalg.vecdot(y, s).unsqueeze(1)
+        curvature, square = _dot(y, s), _dot(y, y)
         bent = curvature > 1e-10
-        inverse = torch.where(bent, 1 / curvature, 0)
-        square = torch.linalg.vecdot(y, y).unsqueeze(1)
-        self.pairs.append((s, y, inverse))
+        share = torch.where(bent, curvature.rsqrt(), 0)
+        self.pairs.append((s * share, y * share))
         return torch.where(bent, curvature / square, scale)
 
     def _direction(self, gradient: Tensor, scale: Tensor) -> Tensor:
         direction = -gradient
         shares = []
-        for s, y, inverse in reversed(self.pairs):
-            share = torch.linalg.vecdot(s, direction).unsqueeze(1) * inverse
+        for s, y in reversed(self.pairs):
+            share = _dot(s, direction)
             direction.addcmul_(y, share, value=-1)
             shares.append(share)
         direction.mul_(scale)
-        for (s, y, inverse), share in zip(self.pairs, reversed(shares), strict=True):
-            back = torch.linalg.vecdot(y, direction).unsqueeze(1) * inverse
-            direction.addcmul_(s, share - back)
+        for (s, y), share in zip(self.pairs, reversed(shares), strict=True):
+            direction.addcmul_(s, share - _dot(y, direction))
         return direction
 
     def keep(self, rows: Tensor) -> None:
@@ -193,7 +192,7 @@ class LBFGS(Optimizer):
             self.moved[rows],
             self.scale[rows],
         )
-        kept = [(s[rows], y[rows], inverse[rows]) for s, y, inverse in self.pairs]
+        kept = [(s[rows], y[rows]) for s, y in self.pairs]
         self.pairs = deque(kept, maxlen=self.pairs.maxlen)
 
     def state(self) -> dict[str, Tensor]:
@@ -201,7 +200,7 @@ class LBFGS(Optimizer):
         if self.before is None or self.moved is None or self.scale is None:
             return {}
         state = {"before": self.before, "moved": self.moved, "scale": self.scale}
-        for name, column in zip(("s", "y", "inverse"), zip(*self.pairs, strict=True), strict=False):
+        for name, column in zip(("s", "y"), zip(*self.pairs, strict=True), strict=False):
             state[name] = torch.stack(column)
         return state
 
@@ -213,5 +212,12 @@ class LBFGS(Optimizer):
             state[name].clone() for name in ("before", "moved", "scale")
         )
         if "s" in state:
-            columns = (state[name].clone() for name in ("s", "y", "inverse"))
+            columns = (state[name].clone() for name in ("s", "y"))
             self.pairs = deque(zip(*columns, strict=True), maxlen=self.pairs.maxlen)
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    """Return the product of each row ``[T, n]`` with its like, ``[T, 1]``."""
+    if len(one) == 1:  # one operation instead of two
+        return torch.mm(one, other.mT)
+    return torch.linalg.vecdot(one, other).unsqueeze(1)
