@@ -130,6 +130,11 @@ class Attack(ABC):
     asks: ClassVar[bool] = False
 
     @property
+    def required(self) -> frozenset[Capability]:
+        """The capabilities that these parameters ask for: at least ``needs``."""
+        return self.needs
+
+    @property
     def oracles(self) -> frozenset[str]:
         """Names of the oracle grants that these parameters ask for."""
         return frozenset()

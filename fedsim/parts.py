@@ -244,9 +244,10 @@ def _check_adversary(parts: Parts) -> None:
     if attack is None:
         return
     granted = THREAT_MODELS[scenario.threat_model]
-    if lacking := sorted(need.value for need in attack.needs - granted):
-        least = least_model(attack.needs)
-        remedy = f"{attack.name} needs {', '.join(lacking)}; the least threat model is {least}"
+    if lacking := sorted(need.value for need in attack.required - granted):
+        least = least_model(attack.required)
+        asks = attack.name if attack.required == attack.needs else scenario.attack
+        remedy = f"{asks} needs {', '.join(lacking)}; the least threat model is {least}"
         raise ScenarioError("threat-model", scenario.threat_model, remedy)
     if isinstance(attack, Manipulation) and "manipulation" not in granted:
         remedy = f"{attack.name} changes the model that clients get; use F, G or H"

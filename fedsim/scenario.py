@@ -218,15 +218,25 @@ def _flatten(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _inside(flat: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     """Return the change that ``key=value`` makes; ``attack.iterations`` is an argument's key."""
-    table, _, name = key.rpartition(".")
-    if table not in EXPRESSIONS:
-        return {key: value}
-    text = str(flat.get(table, Scenario.from_flat({}).flat()[table]))
-    found = parse(text, table)
+    for table in EXPRESSIONS:
+        if key.startswith(f"{table}."):
+            text = str(flat.get(table, Scenario.from_flat({}).flat()[table]))
+            names = key.removeprefix(f"{table}.").split(".")
+            return {table: _with_argument(table, text, names, value)}
+    return {key: value}
+
+
+def _with_argument(key: str, text: str, names: list[str], value: Any) -> str:
+    """Return an expression with one argument changed, or one of an expression inside it."""
+    found = parse(text, key)
     if len(found) != 1:
-        remedy = f"{table} = {text!r} is not one expression whose argument it could be"
-        raise ScenarioError(key, value, remedy)
-    return {table: str(Expression(found[0].name, {**found[0].arguments, name: value}))}
+        remedy = f"{key} = {text!r} is not one expression whose argument it could be"
+        raise ScenarioError(".".join([key, *names]), value, remedy)
+    name, *deeper = names
+    if deeper:
+        inner = str(found[0].arguments.get(name, ""))
+        value = _with_argument(f"{key}.{name}", inner, deeper, value)
+    return str(Expression(found[0].name, {**found[0].arguments, name: value}))
 
 
 def known_keys() -> list[str]:

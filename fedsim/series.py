@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fedsim import registry
 from fedsim.errors import NotGranted, RunFailed, ScenarioError
 from fedsim.files import write_atomically
 from fedsim.scenario import Scenario
@@ -30,7 +31,7 @@ def run_series(
     """Run every scenario of a folder, in the order of their names; return the table, Markdown.
 
     The table is written beside the last run folder too.  A scenario that fails does not stop the
-    others.  ``attack.*`` and ``oracles`` overrides pass by scenarios without an attack.
+    others.  ``attack.NAME`` overrides pass by scenarios whose attack has no such argument.
 
     Raises
     ------
@@ -63,10 +64,16 @@ def run_series(
 
 
 def _fitting(file: Path, overrides: list[str]) -> list[str]:
-    """Return the overrides that this scenario can take."""
-    if Scenario.load(file).attack not in ("", "none"):
-        return overrides
-    return [text for text in overrides if not text.startswith(("attack.", "oracles="))]
+    """Return the overrides that concern this scenario: its attack has the argument they change."""
+    found = registry.parse(Scenario.load(file).attack, "attack")
+    known = registry.components("attack").get(found[0].name) if found else None
+    arguments = registry.settable(known) if known else {}
+
+    def fits(key: str) -> bool:
+        table, _, name = key.partition(".")
+        return table != "attack" or not name or name.partition(".")[0] in arguments
+
+    return [text for text in overrides if fits(text.partition("=")[0].strip())]
 
 
 def _row(name: str, report: dict[str, Any]) -> str:

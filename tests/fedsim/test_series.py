@@ -116,6 +116,8 @@ def test_one_argument_of_an_expression_is_changed_in_place(tmp_path: Path, fedsi
     changed = Scenario.load(file, {"attack": {"layer": "2"}, "federation.local.lr": 0.5})
     assert changed.attack == "linear-inversion(layer='2')"
     assert changed.federation.local == "fedsgd(batch_size=2, lr=0.5)"
+    nested = Scenario.load(file, {"attack": "shuffled(of='dlg')", "attack.of.lr": 2.0})
+    assert nested.attack == "shuffled(of='dlg(lr=2.0)')"
     refused(fedsim("validate", file, "defenses.norm=2.0"), "defenses.norm", "not one expression")
     refused(fedsim("validate", file, "attack.layers='1'"), "no such parameter", "'layer'")
     refused(fedsim("validate", file, "title.first=3"), "not a table")

@@ -82,13 +82,17 @@ class NormalizedPixels(Parametrization):
 
     def decode(self, variables: Tensor) -> Candidate:
         """Return images and the labels as they are."""
-        standardized = variables.view(*self.labels.shape, *self.spec.shape)
-        return Candidate(torch.addcmul(self.mean, standardized, self.std), self.labels)
+        return Candidate(self.images(variables), self.labels)
+
+    def images(self, variables: Tensor) -> Tensor:
+        """Return what ``[T, n]`` standardized pixels show, ``[T, B, C, H, W]``."""
+        standardized = variables.unflatten(1, (self.labels.shape[1], *self.spec.shape))
+        return torch.addcmul(self.mean, standardized, self.std)
 
     def box(self, variables: Tensor) -> None:
         """Clamp each channel to the standardized ``[0, 1]``."""
         if self.boxed:
-            images = variables.view(*self.labels.shape, *self.spec.shape)
+            images = variables.unflatten(1, (self.labels.shape[1], *self.spec.shape))
             low, high = -self.mean / self.std, (1 - self.mean) / self.std
             torch.clamp(images, low, high, out=images)
 
@@ -144,3 +148,39 @@ class Pixels(Parametrization):
     def take(self, rows: Tensor) -> Self:
         """Return the parametrization of some of the targets."""
         return type(self)(self.spec, self.labels[rows])
+
+
+class NormalizedPixelsAndLabels(Parametrization):
+    """Standardized pixels, and labels as the softmax of free logits, searched together.
+
+    Both start at N(0, 1).
+
+    Parameters
+    ----------
+    spec : DataSpec
+    batch_size : int
+    like : Tensor
+        Whose type and device variables have.
+    boxed : bool
+        Whether :meth:`box` clamps to the standardized ``[0, 1]``.
+    """
+
+    def __init__(self, spec: DataSpec, batch_size: int, like: Tensor, boxed: bool) -> None:
+        self.spec, self.batch_size, self.like = spec, batch_size, like
+        nobody = torch.empty(0, batch_size, dtype=torch.int64, device=like.device)
+        self.pixels = NormalizedPixels(spec, nobody, like.dtype, boxed)
+        self.size = batch_size * prod(spec.shape)
+
+    def start(self, generator: torch.Generator) -> Tensor:
+        """Return standard normal numbers ``[B * (C * H * W + K)]``."""
+        return torch.randn(self.size + self.batch_size * self.spec.num_classes, generator=generator)
+
+    def decode(self, variables: Tensor) -> Candidate:
+        """Return images and the softmax of the label logits."""
+        images, logits = variables[:, : self.size], variables[:, self.size :]
+        labels = logits.reshape(len(variables), self.batch_size, -1).softmax(dim=-1)
+        return Candidate(self.pixels.images(images), labels)
+
+    def box(self, variables: Tensor) -> None:
+        """Clamp each channel to the standardized ``[0, 1]``."""
+        self.pixels.box(variables[:, : self.size])
