@@ -84,8 +84,8 @@ class Bayes(Attack):
         published="no table was read; the authors' code counts an image as found below an L2 "
         "distance of 20 (MNIST) and 35 (CIFAR-10) under gaussian 0.1, laplacian 0.1 and pruning",
         measured="convnet(stride=2), CIFAR-10, 8 images, 300 iterations, tv 0.1: told the "
-        "defense / not told / inverting-gradients: gaussian 0.01 24.0 / 21.0 / 21.7 dB, 0.03 17.4 / 17.0 / "
-        "17.6, laplace 0.01 23.0 / 19.8 / 20.5, prune 0.95 20.8 / 18.3 / 18.7 "
+        "defense / not told / inverting-gradients: gaussian 0.01 24.0 / 21.0 / 21.7 dB, 0.03 17.4 "
+        "/ 17.0 / 17.6, laplace 0.01 23.0 / 19.8 / 20.5, prune 0.95 20.8 / 18.3 / 18.7 "
         "(FEDSIM_TEST_DATA=... python -m pytest -m slow -s tests/strategies/passive/test_bayes.py)",
     )
     needs = frozenset({Capability.UPDATES, Capability.BASICS, Capability.DETAILS})
