@@ -36,7 +36,11 @@ from fedsim.scenario import Scenario
 
 COMMAND = "FEDSIM_TEST_DATA=... python tests/benchmarks/passive_table.py"
 PLACES = range(0, 10_000, 500)
-NETWORKS = {"lenet": "lenet", "resnet20": "resnet20(width=8)"}
+NETWORKS = {
+    "lenet": "lenet",
+    "lenet-tanh": "lenet(activation='tanh', init='default')",
+    "resnet20": "resnet20(width=8)",
+}
 SIZES = {1: 20, 4: 5, 8: 2}  # batch size: clients
 # Expression, threat model, oracles; {n} stands for the iterations.
 METHODS: dict[str, tuple[str, str, str]] = {
@@ -205,8 +209,8 @@ HEAD = """# Attacks on one gradient, side by side
 The same 20 CIFAR-10 images for all (training images {places}), the same captures, at most
 {iterations} iterations of one start (two seeds where seeds work together): far fewer than the
 papers', so that the figures compare methods and say little of what each can reach.  Networks:
-`lenet` (sigmoid, U(-0.5, 0.5), 15.8 k parameters) and `{resnet}`, untrained and after an epoch on
-10,000 training images; BatchNorm in eval mode.  PSNR in [0, 1], matched one to one by the auditor;
+`lenet` (sigmoid, U(-0.5, 0.5), 15.8 k parameters), the same with tanh and PyTorch's own start, and
+`{resnet}`, each untrained and after an epoch on 10,000 training images; BatchNorm in eval mode.  PSNR in [0, 1], matched one to one by the auditor;
 "leaked" is PSNR of 20 dB or more; "floor" is the best guess that sees no update.  No LPIPS: its
 weights were not at hand.  Seconds are of a machine that did other things too.
 
