@@ -210,7 +210,8 @@ The same 20 CIFAR-10 images for all (training images {places}), the same capture
 {iterations} iterations of one start (two seeds where seeds work together): far fewer than the
 papers', so that the figures compare methods and say little of what each can reach.  Networks:
 `lenet` (sigmoid, U(-0.5, 0.5), 15.8 k parameters), the same with tanh and PyTorch's own start, and
-`{resnet}`, each untrained and after an epoch on 10,000 training images; BatchNorm in eval mode.  PSNR in [0, 1], matched one to one by the auditor;
+`{resnet}`, each untrained and after an epoch on 10,000 training images; BatchNorm in eval mode.
+PSNR in [0, 1], matched one to one by the auditor;
 "leaked" is PSNR of 20 dB or more; "floor" is the best guess that sees no update.  No LPIPS: its
 weights were not at hand.  Seconds are of a machine that did other things too.
 
