@@ -219,6 +219,6 @@ class LBFGS(Optimizer):
 def _dot(one: Tensor, other: Tensor) -> Tensor:
     """Return the product of each row ``[T, n]`` with its like, ``[T, 1]``."""
     if len(one) == 1:  # one operation instead of two
-        product: Tensor = one @ other.mT
-        return product
-    return torch.linalg.vecdot(one, other).unsqueeze(1)
+        return torch.mm(one, other.mT)
+    product: Tensor = torch.linalg.vecdot(one, other)
+    return product.unsqueeze(1)
