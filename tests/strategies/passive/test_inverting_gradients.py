@@ -148,6 +148,38 @@ def test_where_every_view_is_left_out_there_is_no_candidate():
     assert len(found.examples) == len(found.views) == len(found.labels) == len(found.scores) == 0
 
 
+def test_simulated_local_training_explains_what_one_step_does_not():
+    client = Honest("convnet(width=8, stride=2)", spec())
+    images, labels = batch(tiles(), 2, 1)
+    order = labels.argsort()  # the guessed order: labels from a rule are sorted
+    view = client.weights(images[order], labels[order], lr=0.1, batch_size=1, epochs=2)
+    same = {"iterations": 100, "tv": 1e-2}
+    scores = []
+    for simulate in (False, True):
+        knowledge = client.knowledge("C", 2, lr=0.1, batch_size=1, epochs=2)
+        attack = InvertingGradients(**same, simulate=simulate)
+        found = attack.reconstruct([view], knowledge)
+        assert {capability.value for capability in attack.required} == (
+            {"updates", "basics"} | ({"details"} if simulate else set())
+        )
+        assert found.cost.gradient_evaluations == 101 * (4 if simulate else 1)
+        scores.append(found.scores[0])
+    print(scores)
+    assert scores[1] > scores[0] / 2
+
+
+def test_what_cannot_be_simulated_is_refused():
+    attack = InvertingGradients(simulate=True)
+    model = Honest("lenet", spec()).model()
+    with pytest.raises(ValueError, match="simulate=False"):
+        attack.check(model, "gradient")
+    attack.check(model, "weights")
+    client = Honest("lenet", spec())
+    view = client.weights(*batch(tiles(), 1, 0), lr=0.1)
+    with pytest.raises(NotGranted, match="C"):
+        attack.reconstruct([view], client.knowledge("B"))
+
+
 @pytest.mark.gpu
 def test_the_gpu_follows_the_cpu():
     client = Honest("convnet", spec(), dtype=torch.float64)

@@ -7,8 +7,10 @@ Geiping, Bauermeister, Droege and Moeller, NeurIPS 2020, Sec. 4 and the authors'
 
 The cosine does not know the scale of the update: clipping does not hide anything, and weights
 after local training are matched as if they were one step (an approximation: right for one step,
-worse the more there are).  What hides images: large batches, repeated labels, trained networks,
-BatchNorm in train mode, pruning and noise.
+worse the more there are).  With ``simulate`` F is ``w_0 - w_K`` of the client's K local steps
+instead, unrolled and differentiated (Sec. 6): every epoch walks the candidates in the same order,
+which is a guess where clients shuffle.  What hides images: large batches, repeated labels, trained
+networks, BatchNorm in train mode, pruning and noise.
 """
 
 from collections.abc import Sequence
@@ -24,7 +26,10 @@ from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
 from strategies.attacks.labels.rule import LabelRule
-from strategies.attacks.optimization.engine import Recipe, invert
+from strategies.attacks.optimization.engine import Recipe, invert, one_gradient
+from strategies.attacks.optimization.gradients import Operator
+from strategies.attacks.optimization.groups import Group
+from strategies.attacks.optimization.local_updates import LocalUpdates, in_order
 from strategies.attacks.optimization.objectives import Cosine
 from strategies.attacks.optimization.optimizers import Adam
 from strategies.attacks.optimization.parametrizations import NormalizedPixels
@@ -36,6 +41,9 @@ from strategies.attacks.optimization.schedules import ig_steps
 @dataclass(frozen=True, kw_only=True)
 class InvertingGradients(Attack):
     """Threat model B.  Cost: ``iterations * restarts`` gradient evaluations for each view.
+
+    ``simulate`` needs C, and costs as many evaluations an iteration as there are local steps, and
+    the memory of as many.
 
     The authors' settings: CIFAR-10, one image, untrained ConvNet: 4,000 iterations, tv 1e-6; their
     command line's default is tv 1e-4; trained ResNet-18, ImageNet: 24,000 iterations, tv 1e-1, 8
@@ -59,6 +67,8 @@ class InvertingGradients(Attack):
         Whether pixels are held to ``[0, 1]``.
     labels : str
         Label rule expression: ``analytic``, ``idlg`` (one example), ``oracle`` (a grant).
+    simulate : bool
+        Whether candidates go through the client's local training, not through one step.
     """
 
     paper = Paper(
@@ -100,6 +110,7 @@ class InvertingGradients(Attack):
     signed: bool = True
     boxed: bool = True
     labels: str = "analytic"
+    simulate: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a label rule that does not exist (``ScenarioError``)."""
@@ -116,15 +127,31 @@ class InvertingGradients(Attack):
         """What the label rule asks for."""
         return self.rule.oracles
 
-    def check(self, model: nn.Module, kind: str) -> None:  # noqa: ARG002
-        """Refuse a model that the label rule cannot read."""
+    @property
+    def required(self) -> frozenset[Capability]:
+        """With ``simulate`` also how clients train."""
+        return self.needs | ({Capability.DETAILS} if self.simulate else set())
+
+    def check(self, model: nn.Module, kind: str) -> None:
+        """Refuse a model that the label rule cannot read, and to simulate what is one step."""
+        if self.simulate and kind != "weights":
+            raise ValueError(
+                "a gradient is one step, there is no local training to simulate; leave "
+                'simulate=False, or use federation.local = "fedavg(...)"'
+            )
         self.rule.check(model)
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Return as many images for each view as it has examples."""
+
+        def local_training(group: Group, _: Sequence[str]) -> Operator:
+            steps = in_order(group.batch_size, knowledge.training)
+            return LocalUpdates(group.model, group.names, knowledge.training, steps)
+
         recipe = Recipe(
             batch_size=knowledge.num_examples,
             labels=self.rule,
+            operator=local_training if self.simulate else one_gradient,
             parametrization=lambda group: NormalizedPixels(
                 group.spec, group.known_labels, group.observed.dtype, boxed=self.boxed
             ),
