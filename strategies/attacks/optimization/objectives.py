@@ -85,19 +85,19 @@ class LayerDistances(Objective):
     ) -> None:
         super().__init__(observed)
         self.sizes = list(sizes)
-        self.weights = list(weights) if weights is not None else [1.0] * len(self.sizes)
+        ones = [1.0] * len(self.sizes)
+        self.weights = observed.new_tensor(ones if weights is None else list(weights))
 
     def __call__(self, gradients: Tensor, progress: float = 1.0) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """Return the sum of norms, and for each parameter ``w (F - g) / ||F - g||``."""
         difference = gradients.sub_(self.observed)
-        distance = difference.new_zeros(len(difference))
-        for piece, weight in zip(
-            torch.split(difference, self.sizes, dim=1), self.weights, strict=True
-        ):
-            length = torch.linalg.vector_norm(piece, dim=1, keepdim=True)
-            distance += weight * length.squeeze(1)
-            piece.mul_(weight / length.clamp_min(torch.finfo(length.dtype).tiny))
-        return distance, difference
+        pieces = torch.split(difference, self.sizes, dim=1)
+        norms = [torch.linalg.vector_norm(piece, dim=1) for piece in pieces]
+        lengths = torch.stack(norms, dim=1)  # [T, L]
+        factors = self.weights / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)
+        for piece, factor in zip(pieces, torch.split(factors, 1, dim=1), strict=True):
+            piece.mul_(factor)
+        return lengths @ self.weights, difference
 
 
 class AbsoluteDistance(Objective):

@@ -95,19 +95,20 @@ class TotalVariation(Prior):
         return penalty, derivative
 
 
-class Norm(Differentiated):
+class Norm(Prior):
     """``weight * ||x||`` of a whole batch of standardized images (Yin et al. 2021, Eq. 4)."""
 
     def __init__(self, weight: float, mean: Sequence[float], std: Sequence[float]) -> None:
         self.weight = weight
         self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
 
-    def value(self, images: Tensor) -> Tensor:
-        """Return the norm ``[T]``."""
+    def __call__(self, images: Tensor, progress: float = 1.0) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Return the norm ``[T]`` and its derivative ``weight x / ||x|| / std``."""
         self.mean, self.std = self.mean.to(images), self.std.to(images)
         standardized = (images - self.mean) / self.std
-        length: Tensor = torch.linalg.vector_norm(standardized.flatten(1), dim=1)
-        return self.weight * length
+        length = torch.linalg.vector_norm(standardized.flatten(1), dim=1)
+        factor = self.weight / length.clamp_min(torch.finfo(length.dtype).tiny)
+        return self.weight * length, standardized.mul_(factor.view(-1, 1, 1, 1, 1)).div_(self.std)
 
 
 class PatchBorders(Differentiated):
