@@ -10,7 +10,7 @@ from fedsim.models import travelling
 from fedsim.models.statistics import layer_statistics
 from fedsim.threat import Knowledge, Statistics, TrainingDetails
 from fedsim.view import ServerView
-from tests.strategies.passive.honest import Honest, batch, cifar10, matched_psnr, spec
+from tests.strategies.passive.honest import Honest, batch, cifar10, floor_psnr, matched_psnr, spec
 
 CIFAR = dataclasses.replace(
     spec(), mean=(0.4915, 0.4823, 0.4468), std=(0.247, 0.2435, 0.2616), num_classes=10
@@ -91,6 +91,10 @@ class Captured:
                 for i, (images, _) in enumerate(self.batches)
             ]
         )
+
+    def floor(self) -> Tensor:
+        """Return the PSNR of the mean surrogate image, ``[V, B]``."""
+        return torch.stack([floor_psnr(images, self.surrogate) for images, _ in self.batches])
 
 
 def distinct(split: Split, size: int, seed: int, dtype: torch.dtype = torch.float32):

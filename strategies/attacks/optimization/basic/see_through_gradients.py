@@ -161,8 +161,8 @@ class SeeThroughGradients(Attack):
             self.source.check_setting(setting)
         if self.labels == "gradinversion" and most > spec.num_classes:
             raise ValueError(
-                f"uploads are of up to {most} images of {spec.num_classes} classes, and the gradinversion "
-                "rule names no class twice; use labels='analytic'"
+                f"uploads are of up to {most} images of {spec.num_classes} classes, and the "
+                "gradinversion rule names no class twice; use labels='analytic'"
             )
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
