@@ -25,6 +25,7 @@ class ConvNet(nn.Module):
         hidden: Sequence[int] = (),
         *,
         batchnorm: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         channels, height, across = spec.shape
@@ -43,7 +44,9 @@ class ConvNet(nn.Module):
         widths = [2 * width * pixels, *hidden]
         self.hidden = nn.Sequential()
         for before, after in pairwise(widths):
+            self.hidden.extend([nn.Dropout(dropout)] * bool(dropout))
             self.hidden.extend([nn.Linear(before, after), nn.ReLU()])
+        self.hidden.extend([nn.Dropout(dropout)] * bool(dropout))
         self.fc = nn.Linear(widths[-1], spec.num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -60,6 +63,7 @@ def convnet(
     stride: Literal[1, 2] = 1,
     hidden: list[Width] | tuple[Width, ...] = (),
     norm: Literal["none", "batch"] = "none",
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
 ) -> nn.Module:
     """Build the network; PyTorch's default initialization.
 
@@ -75,5 +79,8 @@ def convnet(
         Widths of fully connected ReLU layers before the last one.
     norm : {"none", "batch"}
         Whether BatchNorm follows each convolution.
+    dropout : float
+        Before each fully connected layer, in train mode only: with ``model.batchnorm = "frozen"``
+        clients train in eval mode, without it.
     """
-    return ConvNet(spec, width, stride, hidden, batchnorm=norm == "batch")
+    return ConvNet(spec, width, stride, hidden, batchnorm=norm == "batch", dropout=dropout)
