@@ -32,7 +32,7 @@ from tests.strategies.passive.honest import (
     tiles,
 )
 
-SMALL = LearningToInvert(features=1024, hidden=150, steps=200)
+SMALL = LearningToInvert(features=2048, hidden=200, steps=250, lr=2e-3)
 
 
 def digits():
