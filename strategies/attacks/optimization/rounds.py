@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fedsim.attack import Reconstruction
+from fedsim.attack import Reconstruction, Setting
 from fedsim.threat import Knowledge
 from fedsim.view import ServerView
 from strategies.attacks.optimization.engine import Recipe, matching, solve
@@ -74,6 +74,16 @@ class Rounds:
         """Return some of the problems."""
         some = [matching.take(rows) for matching in self.matchings]
         return type(self)(some, self.slopes, self.costs)
+
+
+def same_batch_every_round(setting: Setting) -> None:
+    """Refuse clients that answer each round on another batch (``ValueError``)."""
+    training, most = setting.training, max(setting.examples)
+    if training.kind == "gradient" and training.batch_size < most:
+        raise ValueError(
+            "a client draws another batch every round, and there are no images that all its "
+            f"gradients are of; let batch_size be what a client holds, {most}, or use fedavg(...)"
+        )
 
 
 def invert_rounds(
