@@ -83,6 +83,16 @@ def test_seeds_end_as_one_batch_and_are_counted():
     assert "3 seeds, 6 blocks" in found.receipts[0]
 
 
+def test_stopped_by_hand_it_hands_over_what_it_has():
+    captured = Captured.of(Honest(NETWORK, spec()), tiles(), 2, 1, steps=5)
+    knowledge = captured.knowledge()
+    knowledge.stop()
+    found = E2EGI(iterations=1000, seeds=2).reconstruct(captured.views, knowledge)
+    assert len(found.examples) == 2
+    assert found.cost.gradient_evaluations < 200
+    assert any("stopped by hand" in line for line in found.receipts)
+
+
 def test_what_cannot_work_is_refused():
     with pytest.raises(ScenarioError, match="statistics"):
         E2EGI(statistics="walking")

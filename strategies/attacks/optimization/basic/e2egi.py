@@ -251,7 +251,7 @@ class Searches:
                     problems,
                     at.clone(),
                     self._optimizer(phase, label),
-                    iterations=0 if self.tally.stopped else phase.iterations,
+                    iterations=1 if self.tally.stopped else phase.iterations,
                     watch=batch,
                     earlier=batch.earlier,
                 )
