@@ -71,9 +71,10 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "e2egi": ("e2egi(iterations={n}, seeds=2, statistics='proxy')", "E", "none"),
     "hf-gradinv": ("hf-gradinv(iterations={n}, statistics='proxy')", "E", "none"),
     "adversarial-prior": ("adversarial-prior(iterations={n}, tv=1e-2)", "D", "none"),
-    "gi-pip": ("gi-pip(iterations={n}, tv=1e-2)", "D", "none"),
+    "gi-pip": ("gi-pip(iterations={n}, tv=1e-2, epochs=20)", "D", "none"),
     "bayes": ("bayes(iterations={n})", "C", "none"),
     "learning-to-invert": ("learning-to-invert", "D", "none"),
+    "hcgla": ("hcgla(iterations={n}, restarts=1)", "D", "none"),
 }
 
 

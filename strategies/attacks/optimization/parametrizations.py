@@ -86,13 +86,13 @@ class NormalizedPixels(Parametrization):
 
     def images(self, variables: Tensor) -> Tensor:
         """Return what ``[T, n]`` standardized pixels show, ``[T, B, C, H, W]``."""
-        standardized = variables.unflatten(1, (self.labels.shape[1], *self.spec.shape))
+        standardized = variables.view(len(variables), self.labels.shape[1], *self.spec.shape)
         return torch.addcmul(self.mean, standardized, self.std)
 
     def box(self, variables: Tensor) -> None:
         """Clamp each channel to the standardized ``[0, 1]``."""
         if self.boxed:
-            images = variables.unflatten(1, (self.labels.shape[1], *self.spec.shape))
+            images = variables.view(len(variables), self.labels.shape[1], *self.spec.shape)
             low, high = -self.mean / self.std, (1 - self.mean) / self.std
             torch.clamp(images, low, high, out=images)
 

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedsim import registry
-from fedsim.attack import Attack, Paper, Reconstruction, ToyCase
+from fedsim.attack import Attack, Paper, Reconstruction, Setting, ToyCase
 from fedsim.data import Split
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
@@ -117,6 +117,10 @@ class AdversarialPrior(Attack):
         """Refuse a model that the label rule cannot read, or with fewer than three convolutions."""
         self.rule.check(model)
         early(model)
+
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse batches too large for the label rule."""
+        self.rule.check_setting(setting)
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Return as many images for each view as it has examples."""

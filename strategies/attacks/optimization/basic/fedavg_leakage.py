@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from fedsim import registry
-from fedsim.attack import Attack, Paper, Reconstruction, ToyCase
+from fedsim.attack import Attack, Paper, Reconstruction, Setting, ToyCase
 from fedsim.data import DataSpec
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
@@ -270,6 +270,10 @@ class FedAvgLeakage(Attack):
                 'or federation.local = "fedavg(...)"'
             )
         self.rule.check(model)
+
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse batches too large for the label rule."""
+        self.rule.check_setting(setting)
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Return as many images for each view as it has examples."""

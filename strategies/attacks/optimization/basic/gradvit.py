@@ -24,7 +24,6 @@ from torch.nn.functional import cross_entropy
 
 from fedsim import registry
 from fedsim.attack import Attack, Paper, Reconstruction, Setting, ToyCase
-from fedsim.data import DataSpec
 from fedsim.models import initial_model
 from fedsim.models.statistics import batchnorm_layers
 from fedsim.registry import register
@@ -163,14 +162,8 @@ class GradViT(Attack):
             )
 
     def check_setting(self, setting: Setting) -> None:
-        """Refuse batches of more images than the paper's rule names."""
-        spec: DataSpec = setting.model.spec  # type: ignore[assignment]
-        most = setting.uploads[-1]
-        if self.labels == "gradinversion" and most > spec.num_classes:
-            raise ValueError(
-                f"uploads are of up to {most} images of {spec.num_classes} classes, and the "
-                "gradinversion rule names no class twice; use labels='analytic'"
-            )
+        """Refuse batches of more images than the label rule names."""
+        self.rule.check_setting(setting)
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Train the auxiliary network, then return as many images as each view has examples."""

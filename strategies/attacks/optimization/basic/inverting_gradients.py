@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import nn
 
 from fedsim import registry
-from fedsim.attack import Attack, Paper, Reconstruction, ToyCase
+from fedsim.attack import Attack, Paper, Reconstruction, Setting, ToyCase
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
@@ -140,6 +140,10 @@ class InvertingGradients(Attack):
                 'simulate=False, or use federation.local = "fedavg(...)"'
             )
         self.rule.check(model)
+
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse batches too large for the label rule."""
+        self.rule.check_setting(setting)
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Return as many images for each view as it has examples."""

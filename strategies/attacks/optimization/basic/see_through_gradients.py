@@ -24,7 +24,6 @@ from torch import nn
 
 from fedsim import registry
 from fedsim.attack import Attack, Paper, Reconstruction, Setting, ToyCase
-from fedsim.data import DataSpec
 from fedsim.registry import register
 from fedsim.threat import THREAT_MODELS, Knowledge
 from fedsim.view import ServerView
@@ -155,15 +154,9 @@ class SeeThroughGradients(Attack):
 
     def check_setting(self, setting: Setting) -> None:
         """Refuse statistics that say nothing, and batches of more images than the rule names."""
-        spec: DataSpec = setting.model.spec  # type: ignore[assignment]
-        most = setting.uploads[-1]
+        self.rule.check_setting(setting)
         if self.batchnorm:
             self.source.check_setting(setting)
-        if self.labels == "gradinversion" and most > spec.num_classes:
-            raise ValueError(
-                f"uploads are of up to {most} images of {spec.num_classes} classes, and the "
-                "gradinversion rule names no class twice; use labels='analytic'"
-            )
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Return as many images for each view as it has examples."""

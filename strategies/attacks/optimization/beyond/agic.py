@@ -122,6 +122,7 @@ class ApproximateGradientInversion(Attack):
 
     def check_setting(self, setting: Setting) -> None:
         """Refuse clients that draw another batch every round."""
+        self.rule.check_setting(setting)
         same_batch_every_round(setting)
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:

@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedsim import registry
-from fedsim.attack import Attack, Paper, Reconstruction, ToyCase
+from fedsim.attack import Attack, Paper, Reconstruction, Setting, ToyCase
 from fedsim.errors import ScenarioError
 from fedsim.registry import Expression, register
 from fedsim.threat import Capability, Knowledge
@@ -141,6 +141,10 @@ class Bayes(Attack):
                 "training; use federation.local = 'fedsgd(...)', or inverting-gradients"
             )
         self.rule.check(model)
+
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse batches too large for the label rule."""
+        self.rule.check_setting(setting)
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Return as many images for each view as it has examples."""

@@ -126,6 +126,7 @@ class DropoutInversion(Attack):
 
     def check_setting(self, setting: Setting) -> None:
         """Refuse clients that train with dropout off."""
+        self.rule.check_setting(setting)
         if setting.batchnorm == "frozen":
             raise ValueError(
                 "clients train in eval mode, with dropout off: set model.batchnorm = 'private', "

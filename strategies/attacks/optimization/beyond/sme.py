@@ -27,7 +27,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
 from fedsim import registry
-from fedsim.attack import Attack, Paper, Reconstruction, ToyCase
+from fedsim.attack import Attack, Paper, Reconstruction, Setting, ToyCase
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
@@ -236,6 +236,10 @@ class SurrogateModelExtension(Attack):
                 'federation.local = "fedavg(...)"'
             )
         self.rule.check(model)
+
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse batches too large for the label rule."""
+        self.rule.check_setting(setting)
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Return as many images for each view as it has examples."""
