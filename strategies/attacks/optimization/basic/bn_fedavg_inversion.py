@@ -162,7 +162,9 @@ class BatchNormFedAvgInversion(Attack):
         "authors' weights and labels searched, and without the statistics 18.1; "
         "inverting-gradients 14.1, floor 15.5 (fedsim run scenarios/bn_fedavg_inversion.toml)",
     )
-    needs = frozenset({Capability.UPDATES, Capability.BASICS, Capability.SURROGATE})
+    needs = frozenset(
+        {Capability.UPDATES, Capability.BASICS, Capability.DETAILS, Capability.SURROGATE}
+    )
     unit = "iterations"
     toy = ToyCase(
         scenario={
