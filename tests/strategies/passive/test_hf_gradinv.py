@@ -1,0 +1,101 @@
+"""HF-GradInv: a window that opens towards early layers, dropped entries, steps of two sizes."""
+
+import pytest
+import torch
+
+from fedsim.errors import ScenarioError
+from fedsim.registry import build
+from strategies.attacks.optimization.basic.hf_gradinv import HFGradInv, LateFirst, TwoSizes
+from strategies.attacks.optimization.objectives import Cosine
+from strategies.attacks.optimization.optimizers import Adam
+from tests.strategies.passive.honest import (
+    Honest,
+    batch,
+    cifar10,
+    floor_psnr,
+    psnr,
+    spec,
+    tiles,
+)
+
+
+def rand(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def test_without_window_and_drops_it_is_the_cosine():
+    observed, at = rand(2, 50), rand(2, 50, seed=1)
+    whole = LateFirst(observed, lambda _: 0, 0.0, torch.Generator())
+    distance, derivative = whole(at.clone(), 0.3)
+    wanted = Cosine(observed)(at.clone())
+    assert torch.equal(distance, wanted[0])
+    assert torch.equal(derivative, wanted[1])
+
+
+def test_what_is_left_out_does_not_count_and_has_no_slope():
+    observed, at = rand(2, 50), rand(2, 50, seed=1)
+    late = LateFirst(observed, lambda _: 30, 0.3, torch.Generator().manual_seed(3))
+    distance, derivative = late(at.clone())
+    assert (derivative[:, :30] == 0).all()
+    left = (derivative[:, 30:] != 0).all(dim=0)
+    assert 0.4 < left.double().mean() < 1
+    kept = torch.arange(30, 50)[left]
+    assert torch.allclose(distance, Cosine(observed[:, kept])(at[:, kept].clone())[0])
+    step, along = 1e-6, rand(2, 50, seed=2)
+
+    def again(where):
+        return LateFirst(observed, lambda _: 30, 0.3, torch.Generator().manual_seed(3))(where)[0]
+
+    slope = (again(at + step * along) - again(at - step * along)) / (2 * step)
+    assert torch.allclose((derivative * along).sum(dim=1), slope, atol=1e-7)
+
+
+def test_the_window_opens_until_a_quarter_is_left_out():
+    begins = HFGradInv().kept([10] * 100)
+    assert [begins(p) for p in (0.0, 0.5 * 7 / 30, 7 / 30, 0.5, 1.0)] == [750, 500, 250, 250, 250]
+    assert HFGradInv(first=0.0, last=0.0).kept([10] * 8)(0.0) == 0
+    with pytest.raises(ScenarioError, match="leaves out more"):
+        build("attack", "hf-gradinv(first=0.2, last=0.5)", "attack")
+
+
+def test_a_step_tells_sizes_in_halves_of_the_median():
+    gradient = torch.tensor([[0.1, -1.0, 4.0, 0.0, 1.0]])
+    ours, theirs = torch.zeros(1, 5), torch.zeros(1, 5)
+    TwoSizes(0.1, signed=False).step(ours, gradient.clone(), 0.5)
+    along = torch.tensor([[0.2, -1.0, 1.0, 0.0, 1.0]])
+    Adam(0.1, signed=False).step(theirs, along, 0.5)
+    assert torch.allclose(ours, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "count"), [(1, 8), (4, 2)])
+def test_beside_inverting_gradients_on_cifar(size, count):
+    """Prints the page's figures; trained or not, BatchNorm left out."""
+    client = Honest("convnet(stride=2)", spec())
+    pairs = [batch(cifar10(), size, seed) for seed in range(count)]
+    views = [client.gradient(*pair, client=place) for place, pair in enumerate(pairs)]
+    truth = torch.cat([images for images, _ in pairs])
+    figures = {}
+    for expression in (
+        "hf-gradinv(iterations=600, batchnorm=0.0)",
+        "hf-gradinv(iterations=600, batchnorm=0.0, drop=0.0)",
+        "hf-gradinv(iterations=600, batchnorm=0.0, first=0.0, last=0.0)",
+        "inverting-gradients(iterations=600, tv=5e-3)",
+    ):
+        labels = {view.label: pair[1] for view, pair in zip(views, pairs, strict=True)}
+        counts = {view.label: size for view in views}
+        knowledge = client.knowledge("E", counts, surrogate=tiles(), labels=labels)
+        found = build("attack", expression, "attack").reconstruct(views, knowledge)
+        figures[expression] = matched(truth, found.examples, size)
+        print(f"batches of {size}: {expression}: {figures[expression]:.1f} dB")
+    print(f"floor {floor_psnr(truth, cifar10()).mean():.1f} dB")
+    assert figures["hf-gradinv(iterations=600, batchnorm=0.0)"] > 12
+
+
+def matched(truth, found, size):
+    from tests.strategies.passive.honest import matched_psnr
+
+    parts = zip(truth.split(size), found.split(size), strict=True)
+    each = [matched_psnr(*part) if size > 1 else psnr(*part) for part in parts]
+    return float(torch.cat(each).mean())
