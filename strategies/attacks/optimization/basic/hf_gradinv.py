@@ -80,7 +80,8 @@ class HFGradInv(Attack):
         authors="Zipeng Ye, Wenjian Luo, Qi Zhou, Yubo Tang",
         venue="AAAI",
         year=2024,
-        published="pictures of 224 x 224 ImageNet images, ResNet-34, batches of 8; figures not read",
+        published="pictures of ImageNet images, 224 x 224, ResNet-34, batches of 8; no figure was "
+        "read",
         measured="CIFAR-10, convnet(stride=2), 600 iterations, no BatchNorm term, beside "
         "inverting-gradients (tv 5e-3): 8 images one by one 31.9 / 32.4 dB, two batches of four "
         "20.4 / 23.3; without drops 32.1 and 23.6 (FEDSIM_TEST_DATA=... python -m pytest -m slow "
