@@ -132,7 +132,10 @@ class Parts:
         model = initial_model(name, self.spec, self.scenario.seed).to(self.dtype)
         if weights != "none":
             try:
-                load_arrays(model, saved_weights(seeds.home() / Path(weights).expanduser()))
+                found = saved_weights(seeds.home() / Path(weights).expanduser())
+                if lost := [name for name, array in found.items() if not array.isfinite().all()]:
+                    raise ValueError(f"{lost[0]} is not finite")
+                load_arrays(model, found)
             except (OSError, SafetensorError) as error:
                 remedy = f"cannot be read ({error}); name a .safetensors file or a run's folder"
                 raise ScenarioError("model.weights", weights, remedy) from error

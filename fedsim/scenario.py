@@ -164,8 +164,10 @@ class Scenario(_Table):
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ScenarioError("scenario", str(path), f"not readable as TOML: {error}") from None
         flat = _flatten(content)
-        for key, value in _flatten(overrides or {}).items():
-            flat.update(_inside(flat, key, value))
+        changes = _flatten(overrides or {})
+        # Whole expressions first: an argument is one of the expression that is left in the end.
+        for key in sorted(changes, key=lambda key: _table_of(key) is not None):
+            flat.update(_inside(flat, key, changes[key]))
         return cls.from_flat(flat)
 
     @classmethod
@@ -218,12 +220,16 @@ def _flatten(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _inside(flat: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     """Return the change that ``key=value`` makes; ``attack.iterations`` is an argument's key."""
-    for table in EXPRESSIONS:
-        if key.startswith(f"{table}."):
-            text = str(flat.get(table, Scenario.from_flat({}).flat()[table]))
-            names = key.removeprefix(f"{table}.").split(".")
-            return {table: _with_argument(table, text, names, value)}
-    return {key: value}
+    if (table := _table_of(key)) is None:
+        return {key: value}
+    text = str(flat.get(table, Scenario.from_flat({}).flat()[table]))
+    names = key.removeprefix(f"{table}.").split(".")
+    return {table: _with_argument(table, text, names, value)}
+
+
+def _table_of(key: str) -> str | None:
+    """Return the key of the expression that ``key`` names an argument of."""
+    return next((table for table in EXPRESSIONS if key.startswith(f"{table}.")), None)
 
 
 def _with_argument(key: str, text: str, names: list[str], value: Any) -> str:

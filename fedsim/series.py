@@ -2,14 +2,15 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fedsim import registry
 from fedsim.errors import NotGranted, RunFailed, ScenarioError
 from fedsim.files import write_atomically
-from fedsim.scenario import Scenario
+from fedsim.parts import Parts
+from fedsim.scenario import Scenario, parse_override
 
 _HEAD = (
     "scenario",
@@ -36,7 +37,8 @@ def run_series(
     Raises
     ------
     ScenarioError
-        Before anything runs: if there is no scenario in the folder, or one is wrong.
+        Before anything runs: if there is no scenario in the folder, the attack or a key of one is
+        wrong, or an override is of no attack among them.
     RunFailed
         After everything ran, if one of them failed.
     """
@@ -44,6 +46,7 @@ def run_series(
     if not files:
         raise ScenarioError("file", str(folder), "holds no scenario (*.toml)")
     given = {file: _fitting(file, overrides) for file in files}
+    _check(given, overrides)
     lines = ["| " + " | ".join(_HEAD) + " |", "|" + " --- |" * len(_HEAD)]
     failed: list[str] = []
     for place, (file, own) in enumerate(given.items(), start=1):
@@ -56,11 +59,12 @@ def run_series(
             lines.append(f"| {file.stem} | failed: {str(error).splitlines()[0]} |")
             continue
         lines.append(_row(file.stem, json.loads((page.parent / "report.json").read_text())))
-        write_atomically(page.parents[1] / f"{folder.name}.md", "\n".join(lines) + "\n")
-    table = "\n".join(lines)
+        table = page.parents[1] / f"{folder.absolute().name}.md"
+        write_atomically(table, "\n".join(lines) + "\n")
+    told = "\n".join(lines)
     if failed:
-        raise RunFailed(f"{', '.join(failed)} failed; the others:\n{table}")
-    return table
+        raise RunFailed(f"{', '.join(failed)} failed; the others:\n{told}")
+    return told
 
 
 def _fitting(file: Path, overrides: list[str]) -> list[str]:
@@ -74,6 +78,18 @@ def _fitting(file: Path, overrides: list[str]) -> list[str]:
         return table != "attack" or not name or name.partition(".")[0] in arguments
 
     return [text for text in overrides if fits(text.partition("=")[0].strip())]
+
+
+def _check(given: Mapping[Path, list[str]], overrides: list[str]) -> None:
+    """Refuse keys and attacks that are wrong, and overrides that every scenario passes by."""
+    for text in overrides:
+        if not any(text in own for own in given.values()):
+            key, _, value = text.partition("=")
+            remedy = "no attack in this folder has such an argument"
+            raise ScenarioError(key.strip(), value.strip(), remedy)
+    for file, own in given.items():
+        changes = {key: value for text in own for key, value in parse_override(text).items()}
+        _ = Parts(Scenario.load(file, changes)).attack
 
 
 def _row(name: str, report: dict[str, Any]) -> str:

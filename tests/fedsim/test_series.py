@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fedsim.errors import RunFailed, ScenarioError
 from fedsim.parts import Parts, check
@@ -45,12 +45,14 @@ def test_a_run_leaves_its_model_and_another_starts_from_it(tmp_path: Path) -> No
         ("nowhere", {}, "name a .safetensors file or a run's folder"),
         ("here", {"model.name": "mlp(hidden=[9])"}, "not the weights of mlp"),
         ("garbage", {}, "cannot be read"),
+        ("lost", {}, "body.0.bias is not finite"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(
     tmp_path: Path, weights: str, changes: dict[str, Any], said: str
 ) -> None:
     (tmp_path / "garbage").write_bytes(b"no tensors")
+    save_file({"body.0.bias": torch.tensor([torch.nan])}, tmp_path / "lost")
     if weights == "here":
         (tmp_path / "here").symlink_to(trained(tmp_path))
     wanted = scenario(tmp_path, {"model.weights": str(tmp_path / weights), **changes})
@@ -121,3 +123,23 @@ def test_one_argument_of_an_expression_is_changed_in_place(tmp_path: Path, fedsi
     refused(fedsim("validate", file, "defenses.norm=2.0"), "defenses.norm", "not one expression")
     refused(fedsim("validate", file, "attack.layers='1'"), "no such parameter", "'layer'")
     refused(fedsim("validate", file, "title.first=3"), "not a table")
+    other = Scenario.load(file, {"attack.lr": 2.0, "attack": "dlg"})
+    assert other.attack == "dlg(lr=2.0)"
+
+
+def test_what_is_wrong_is_refused_before_the_first_one_runs(tmp_path: Path) -> None:
+    folder = tmp_path / "series"
+    written(folder, "1_train", FEDAVG)
+    written(folder, "2_attack", {"attack": "linear-inversion"})
+
+    def nothing_runs(file: Path, _: list[str]) -> Path:
+        raise AssertionError(file)
+
+    for override, key in (
+        ("attack.layers='1'", "attack.layers"),
+        ("attack.layer=[1]", "attack"),
+        ("sed=3", "sed"),
+    ):
+        with pytest.raises(ScenarioError) as error:
+            run_series(folder, nothing_runs, [override])
+        assert error.value.key.startswith(key)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from fedsim import registry
 from fedsim.attack import Setting
 from fedsim.errors import NotGranted, ScenarioError
 from fedsim.models import travelling
@@ -16,6 +17,8 @@ from strategies.attacks.optimization.basic.bn_fedavg_inversion import (
     FourWayVariation,
     FromMeanImage,
 )
+from strategies.attacks.optimization.basic.e2egi import E2EGI
+from strategies.attacks.optimization.groups import grouped
 from tests.strategies.passive.honest import Honest, batch, spec, tiles
 from tests.strategies.passive.test_engine import SMALL
 
@@ -133,3 +136,24 @@ def test_what_says_nothing_is_refused_with_a_remedy():
         with pytest.raises(ScenarioError):
             BatchNormFedAvgInversion(**wrong)
     assert BatchNormFedAvgInversion(statistics="oracle").oracles == {"batchnorm"}
+    assert not BatchNormFedAvgInversion(statistics="oracle", batchnorm=0).oracles
+
+
+@pytest.mark.parametrize(
+    "attack", [BatchNormFedAvgInversion(labels="idlg"), E2EGI(labels="idlg", batchnorm=0)]
+)
+def test_a_label_rule_for_less_is_refused(attack):
+    channel = registry.build("channel", "plain", "channel")
+    training = TrainingDetails("weights", 0.1, 4, 1, 0.0, 0.0)
+    setting = Setting(Honest(NETWORK, spec()).model(), 2, 2, (4, 4), training, "shared", channel)
+    with pytest.raises(ValueError, match="the idlg rule is for one"):
+        attack.check_setting(setting)
+
+
+def test_an_aggregate_of_one_step_each_is_one_step():
+    client = Honest(NETWORK, spec())
+    sums = dataclasses.replace(one_step(client, *batch(tiles(), 3, 0)), senders=(0, 1))
+    knowledge = client.knowledge("D", {sums.label: 8}, batch_size=4, epochs=1, surrogate=tiles())
+    attack, found = BatchNormFedAvgInversion(batchnorm=0, labels="analytic"), []
+    (group,) = grouped([sums], knowledge, knowledge.num_examples, attack.rule, found)
+    assert torch.equal(attack._distance(group, knowledge).observed, group.observed / 0.1)

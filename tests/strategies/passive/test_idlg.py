@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedsim import registry
 from fedsim.attack import Setting
 from fedsim.data import DataSpec, load_dataset
 from fedsim.models import build_model
@@ -50,12 +51,17 @@ def test_what_it_cannot_read_is_refused_with_a_remedy():
     model = Honest("lenet", spec()).model()
     with pytest.raises(ValueError, match="inverting-gradients"):
         ImprovedDLG().check(model, "weights")
+    plain, summed = (
+        registry.build("channel", name, "channel") for name in ("plain", "trusted-sum")
+    )
     training = TrainingDetails("gradient", 0.1, 4, 1, 0.0, 0.0)
-    setting = Setting(model, 2, 2, (8, 8), training, "frozen", channel=None)
+    setting = Setting(model, 2, 2, (8, 8), training, "frozen", channel=plain)
     with pytest.raises(ValueError, match="batch_size=1"):
         ImprovedDLG().check_setting(setting)
-    one = dataclasses.replace(training, batch_size=1)
-    ImprovedDLG().check_setting(dataclasses.replace(setting, training=one))
+    one = dataclasses.replace(setting, training=dataclasses.replace(training, batch_size=1))
+    ImprovedDLG().check_setting(one)
+    with pytest.raises(ValueError, match="gradients of up to 2"):
+        ImprovedDLG().check_setting(dataclasses.replace(one, channel=summed))
 
 
 @pytest.mark.slow

@@ -216,7 +216,8 @@ class BatchNormFedAvgInversion(Attack):
     @property
     def oracles(self) -> frozenset[str]:
         """What the label rule and the source of statistics ask for."""
-        return self.source.oracles | (self.rule.oracles if self.rule else frozenset())
+        told = self.source.oracles if self.batchnorm else frozenset[str]()
+        return told | (self.rule.oracles if self.rule else frozenset())
 
     def check(self, model: nn.Module, kind: str) -> None:  # noqa: ARG002
         """Refuse a model without BatchNorm, or one that the label rule cannot read."""
@@ -226,7 +227,9 @@ class BatchNormFedAvgInversion(Attack):
             self.rule.check(model)
 
     def check_setting(self, setting: Setting) -> None:
-        """Refuse statistics that are not there to be had."""
+        """Refuse batches too large for the label rule, and statistics that are not to be had."""
+        if self.rule:
+            self.rule.check_setting(setting)
         if self.batchnorm:
             self.source.check_setting(setting)
 
@@ -260,7 +263,8 @@ class BatchNormFedAvgInversion(Attack):
         observed = group.observed
         if group.views[0].kind == "weights":
             training = knowledge.training
-            steps = training.epochs * ceil(group.batch_size / training.batch_size)
+            examples = group.batch_size / len(group.views[0].senders)  # of each, in an aggregate
+            steps = training.epochs * ceil(examples / training.batch_size)
             observed = observed / (training.lr * steps)
         return LayerDistances(observed, group.sizes, [self.gradient] * len(group.sizes))
 

@@ -146,7 +146,8 @@ class E2EGI(Attack):
             self.source.check(model)
 
     def check_setting(self, setting: Setting) -> None:
-        """Refuse statistics that say nothing."""
+        """Refuse batches too large for the label rule, and statistics that say nothing."""
+        self.rule.check_setting(setting)
         if self.batchnorm:
             self.source.check_setting(setting)
 
@@ -156,8 +157,9 @@ class E2EGI(Attack):
         searches = Searches(self, knowledge, len(views))
         tally, findings = searches.tally, Findings()
         for group in grouped(views, knowledge, recipe.batch_size, recipe.labels, tally.receipts):
+            problems = matching(group, recipe)
             for index in range(len(group.views)):
-                view = matching(group, recipe).take(torch.tensor([index]))
+                view = problems.take(torch.tensor([index]))
                 best = searches.of_a_view(view, group.views[index].label)
                 findings.add(best, view.parametrization, group.indices[index : index + 1])
         return findings.reconstruction(tally)

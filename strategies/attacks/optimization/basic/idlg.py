@@ -22,6 +22,7 @@ from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
 from strategies.attacks.labels.idlg import IDLG
+from strategies.attacks.labels.rule import most_examples
 from strategies.attacks.optimization.engine import Recipe, invert
 from strategies.attacks.optimization.objectives import SquaredDistance
 from strategies.attacks.optimization.optimizers import LBFGS
@@ -94,9 +95,9 @@ class ImprovedDLG(Attack):
 
     def check_setting(self, setting: Setting) -> None:
         """Refuse updates of more than one example: the sign tells one label."""
-        if setting.uploads[-1] > 1:
+        if (most := most_examples(setting)) > 1:
             raise ValueError(
-                f"idlg is for one example and clients upload gradients of {setting.uploads[-1]}; "
+                f"idlg is for one example and the server gets gradients of up to {most}; "
                 "use federation.local = 'fedsgd(batch_size=1, ...)', dlg(batch_size=...), or "
                 "inverting-gradients"
             )
