@@ -119,7 +119,7 @@ class SecAggUnmasking(Interception):
     def __post_init__(self) -> None:
         if isinstance(self.passive, Active):
             raise ValueError(f"then={self.then!r} must be passive: the uploads are there already")
-        object.__setattr__(self, "needs", self.needs | self.passive.needs)
+        object.__setattr__(self, "needs", self.needs | self.passive.required)
 
     @property
     def passive(self) -> Attack:

@@ -39,6 +39,15 @@ def test_the_image_prior_is_nothing_at_its_own_statistics_and_its_slope_is_right
     assert torch.allclose(slope[1], ((ahead - behind) / (2 * step))[1], rtol=1e-4)
 
 
+def test_a_network_trained_in_single_precision_sees_images_of_double():
+    images = batch(tiles(), 3, 0, torch.float64)[0].unsqueeze(0)
+    expected = Natural(0.3, auxiliary(images[0] + 0.1))(images)
+    found = Natural(0.3, auxiliary(images[0] + 0.1).float())(images)
+    assert found[1].dtype == torch.float64
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one.double(), other, rtol=1e-3, atol=1e-6)
+
+
 def test_the_image_prior_begins_half_way_and_the_truth_has_no_distance():
     captured = Captured.of(Honest(NETWORK, spec(), dtype=torch.float64), tiles(), 2, 1)
     attack = GradViT(tv=0, patch=0, norm=0, labels="oracle")

@@ -199,6 +199,7 @@ def test_it_needs_what_its_passive_attack_needs() -> None:
     assert "surrogate" not in SecAggUnmasking().needs
     assert {"updates", "manipulation"} == SecAggUnmasking().needs
     assert "basics" in SecAggUnmasking(then="inverting-gradients").needs
+    assert "details" in SecAggUnmasking(then="inverting-gradients(simulate=True)").needs
 
 
 def test_the_report_says_that_the_channel_was_broken(tmp_path: Path) -> None:

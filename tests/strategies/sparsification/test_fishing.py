@@ -290,3 +290,4 @@ def test_it_needs_what_its_inner_attack_needs_and_no_more() -> None:
     assert least_model(make().needs) == "F"
     assert make(then="linear-inversion").needs == Fishing.needs
     assert make(then="inverting-gradients").unit == "iterations"
+    assert least_model(make(then="gradattack(bn=0.1, statistics='proxy')").needs) == "G"

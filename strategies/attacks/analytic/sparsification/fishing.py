@@ -170,7 +170,7 @@ class Fishing(Manipulation):
                 "batches; here the label is known: leave it out"
             )
         # A frozen dataclass has no other way.
-        object.__setattr__(self, "needs", type(self).needs | inner.needs)
+        object.__setattr__(self, "needs", type(self).needs | inner.required)
         object.__setattr__(self, "unit", inner.unit)
 
     @property

@@ -150,7 +150,7 @@ class ModelInconsistency(Manipulation):
                 "sum; use another label rule"
             )
         # A frozen dataclass has no other way.
-        object.__setattr__(self, "needs", type(self).needs | inner.needs)
+        object.__setattr__(self, "needs", type(self).needs | inner.required)
         object.__setattr__(self, "unit", inner.unit)
 
     @property

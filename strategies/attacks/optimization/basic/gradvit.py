@@ -235,7 +235,7 @@ class Natural(Differentiated):
 
     def value(self, images: Tensor) -> Tensor:
         """Return the distance ``[T]`` of each batch."""
-        self.network(images.flatten(0, 1))
+        self.network(images.flatten(0, 1).to(next(self.network.parameters())))
         per_batch = [
             self.seen[name].view(*images.shape[:2], *self.seen[name].shape[1:])
             for name in self.distance.layers
