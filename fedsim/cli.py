@@ -195,15 +195,17 @@ def explain(
 
 
 def _scenario(file: Path, overrides: list[str] | None) -> "Scenario":
-    """Read a scenario; relative ``output.dir`` and ``model.weights`` mean the caller's folder."""
+    """Read a scenario; relative ``output.dir`` and ``model.weights`` mean the caller's folder.
+
+    Where weights are named by a link (``runs/latest``) the run remembers what it led to.
+    """
     from fedsim.scenario import Scenario
 
     scenario = Scenario.load(file, _changes(overrides))
-    paths = {"output.dir": scenario.output.dir}
+    paths = {"output.dir": Path(scenario.output.dir).expanduser().absolute()}
     if scenario.model.weights != "none":
-        paths["model.weights"] = scenario.model.weights
-    absolute = {key: str(Path(path).expanduser().absolute()) for key, path in paths.items()}
-    return scenario.with_changes(**absolute)
+        paths["model.weights"] = Path(scenario.model.weights).expanduser().resolve()
+    return scenario.with_changes(**{key: str(path) for key, path in paths.items()})
 
 
 def _changes(overrides: list[str] | None) -> dict[str, Any]:

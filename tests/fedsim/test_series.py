@@ -81,6 +81,8 @@ def test_a_folder_is_run_in_order_and_compared(tmp_path: Path, fedsim: Fedsim) -
     assert " 2 of 2 " in rows[3]
     assert (runs / "series.md").read_text().splitlines() == rows
     assert latest(runs).scenario.attack == "linear-inversion(layer='1')"
+    # The link moves on, and what the run began with does not.
+    assert latest(runs).scenario.model.weights == str((runs / "trained" / "latest").resolve())
     assert latest(runs / "trained").scenario.federation.clients == 2
 
 

@@ -214,6 +214,24 @@ def test_views_of_other_weights_are_learned_apart_and_empty_ones_left_out():
     assert found.cost.gradient_evaluations == 2 * len(surrogate)
 
 
+def test_stopped_by_hand_it_hands_over_what_it_has_learned():
+    private, surrogate, client = digits()
+    _, views = captured(client, private, 1)
+    knowledge = client.knowledge("D", 1, surrogate=surrogate)
+    told = []
+
+    def progress(done, total, text):
+        told.append(done)
+        if done == 4:
+            knowledge.stop()
+
+    knowledge.progress = progress
+    found = LearningToInvert(hidden=8, steps=1000).reconstruct(views, knowledge)
+    assert told == [1, 2, 3, 4]
+    assert len(found.examples) == 1
+    assert any("4 steps on gradients" in line for line in found.receipts)
+
+
 def test_it_uses_surrogate_data_and_is_told_how_far_it_is():
     private, surrogate, client = digits()
     _, views = captured(client, private, 1)

@@ -24,6 +24,7 @@ are.  Nothing is chosen by a validation loss: the last step's network is used.  
 The network is of one set of weights: every round is trained for anew.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -143,7 +144,7 @@ class LearningToInvert(Attack):
         examples = [torch.empty(0, *knowledge.basics.data.shape)]
         places = [torch.empty(0, dtype=torch.int64)]
         for job, same in enumerate(jobs):
-            told = _Told(knowledge.progress, job * self.steps, len(jobs) * self.steps)
+            told = _Told(knowledge, job * self.steps, len(jobs) * self.steps)
             size = counts[same.indices[0]]
             found, receipt = self._inverted(same, size, knowledge, told)
             receipts.append(receipt)
@@ -183,20 +184,23 @@ class LearningToInvert(Attack):
             found: Tensor = network(reading.observed(observed).to(knowledge.device)).cpu()
         receipt = (
             f"{same.labels[0]} and {len(same.labels) - 1} more of the same weights: "
-            f"{self.steps} steps on gradients of {len(pairs.images)} surrogate examples, "
+            f"{told.steps} steps on gradients of {len(pairs.images)} surrogate examples, "
             f"{sum(widths)} numbers read as {reading.width}, in {perf_counter() - started:.0f} s; "
             f"mean squared error in training {error:.4f}"
         )
         return found.view(len(found), size, *pairs.images.shape[1:]), receipt
 
     def train(
-        self, pairs: "Pairs", device: torch.device, told: Callable[[int, str], None]
+        self, pairs: "Pairs", device: torch.device, told: Callable[[int], bool]
     ) -> tuple[nn.Module, float]:
-        """Return the network, and its mean squared error over the last tenth of the steps."""
+        """Return the network, and its mean squared error over the last tenth of the steps.
+
+        ``told`` hears of each step, and says whether to end there.
+        """
         network = perceptron(pairs, self.hidden).to(device)
         optimizer = torch.optim.Adam(network.parameters(), lr=self.lr, fused=True)
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [int(FALL * self.steps)])
-        errors = []
+        errors: deque[Tensor] = deque(maxlen=self.steps // 10 + 1)
         for step in range(self.steps):
             inputs, images = (part.to(device) for part in pairs.draw(self.batch))
             guesses = network(inputs).view_as(images)
@@ -205,20 +209,22 @@ class LearningToInvert(Attack):
             torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
-            if step >= 0.9 * self.steps - 1:
-                errors.append(loss.detach())
-            told(step, "")
-        return network.eval(), float(torch.stack(errors).mean())
+            errors.append(loss.detach())
+            if told(step):
+                break
+        return network.eval(), float(torch.stack(list(errors)).mean())
 
 
 class _Told:
-    """Tells progress of one network among several."""
+    """Tells progress of one network among several, and whether somebody wants it as it is."""
 
-    def __init__(self, progress: Callable[[int, int, str], None], before: int, total: int) -> None:
-        self.progress, self.before, self.total = progress, before, total
+    def __init__(self, knowledge: Knowledge, before: int, total: int) -> None:
+        self.knowledge, self.before, self.total, self.steps = knowledge, before, total, 0
 
-    def __call__(self, step: int, text: str) -> None:
-        self.progress(self.before + step + 1, self.total, text)
+    def __call__(self, step: int) -> bool:
+        self.steps = step + 1
+        self.knowledge.progress(self.before + self.steps, self.total, "")
+        return self.knowledge.stopping
 
 
 class Reading:
