@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, mse_loss
+from torch.nn.functional import mse_loss
 
 from fedsim.attack import Attack, Paper, Reconstruction, Setting, ToyCase
 from fedsim.data import DataSpec
@@ -32,6 +32,7 @@ from fedsim.seeds import seeded_globals
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
 from strategies.attacks.labels.idlg import IDLG
+from strategies.attacks.optimization.augmented.denoiser import Denoiser
 from strategies.attacks.optimization.engine import Recipe, invert
 from strategies.attacks.optimization.groups import Group
 from strategies.attacks.optimization.objectives import Objective, SquaredDistance, Weighted
@@ -145,7 +146,7 @@ class HCGLA(Attack):
         )
         return invert(views, knowledge, recipe)
 
-    def _pixels(self, group: Group, denoiser: "Denoiser | None") -> Pixels:
+    def _pixels(self, group: Group, denoiser: Denoiser | None) -> Pixels:
         """Return what is searched: pixels, with the denoiser at the ends that have it."""
         if denoiser is None:
             return Pixels(group.spec, group.known_labels)
@@ -177,7 +178,7 @@ class CleanedPixels(Pixels):
     """
 
     def __init__(
-        self, spec: DataSpec, labels: Tensor, denoiser: "Denoiser", *, begins: bool, ends: bool
+        self, spec: DataSpec, labels: Tensor, denoiser: Denoiser, *, begins: bool, ends: bool
     ) -> None:
         super().__init__(spec, labels)
         self.denoiser, self.begins, self.ends = denoiser, begins, ends
@@ -201,43 +202,6 @@ class CleanedPixels(Pixels):
         """Return the parametrization of some of the targets."""
         ends = {"begins": self.begins, "ends": self.ends}
         return CleanedPixels(self.spec, self.labels[rows], self.denoiser, **ends)
-
-
-class Denoiser(nn.Module):
-    """Six 3 x 3 convolutions at full and half size, which tell the noise that is to be taken off.
-
-    Parameters
-    ----------
-    channels : int
-        Of images.
-    width : int
-        Channels at full size; twice as many at half size.
-    """
-
-    def __init__(self, channels: int, width: int = 24) -> None:
-        super().__init__()
-
-        def step(before: int, after: int, stride: int = 1) -> nn.Sequential:
-            return nn.Sequential(nn.Conv2d(before, after, 3, stride, 1), nn.ReLU())
-
-        self.above = nn.Sequential(step(channels, width), step(width, width))
-        self.below = nn.Sequential(step(width, 2 * width, 2), step(2 * width, 2 * width))
-        self.join = step(3 * width, width)
-        self.out = nn.Conv2d(width, channels, 3, 1, 1)
-
-    def forward(self, noisy: Tensor) -> Tensor:
-        """Map ``[N, C, H, W]`` to clean images of the same shape."""
-        fine = self.above(noisy)
-        coarse = interpolate(self.below(fine), size=noisy.shape[2:], mode="nearest")
-        noise: Tensor = self.out(self.join(torch.cat([fine, coarse], dim=1)))
-        return noisy - noise
-
-    @torch.no_grad()
-    def cleaned(self, images: Tensor) -> Tensor:
-        """Return images ``[N, C, H, W]`` without noise, in ``[0, 1]``."""
-        parameter = next(self.parameters())
-        clean: Tensor = self(images.to(parameter)).clamp(0, 1)
-        return clean.to(images)
 
 
 def trained(knowledge: Knowledge, steps: int) -> Denoiser:
