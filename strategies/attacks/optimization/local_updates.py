@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
+from fedsim.attack import Setting
 from fedsim.threat import TrainingDetails
 from strategies.attacks.optimization.gradients import Operator, freeze
 from strategies.attacks.optimization.parametrizations import Candidate
@@ -91,3 +92,12 @@ def in_order(examples: int, training: TrainingDetails, sets: int = 1) -> list[Te
         first = examples * (epoch % sets)
         steps += torch.split(torch.arange(first, first + examples), training.batch_size)
     return steps
+
+
+def one_client_each(setting: Setting) -> None:
+    """Refuse sums (``ValueError``): what several clients did is not one client's local training."""
+    if setting.channel.aggregates:
+        raise ValueError(
+            "a sum of several clients' weights is no client's local training to simulate; use sme "
+            "or inverting-gradients, which simulate nothing, or channel = 'plain'"
+        )

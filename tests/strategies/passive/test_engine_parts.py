@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from fedsim.errors import ScenarioError
+from fedsim.parts import Parts, check
+from fedsim.scenario import Scenario
 from fedsim.threat import TrainingDetails
 from strategies.attacks.optimization.activations import BatchNormDistance
 from strategies.attacks.optimization.gradients import BatchGradients
@@ -261,3 +264,17 @@ def test_schedules():
     warm = cosine(0.25, lowest=0.1)
     assert [warm(p) for p in (0.0, 0.125, 0.25, 1.0)] == pytest.approx([0, 0.5, 1, 0.1])
     assert exponential(0.01)(0.5) == pytest.approx(0.1)
+
+
+def test_a_sum_is_no_clients_local_training():
+    for attack in ("fedavg-leakage", "inverting-gradients(simulate=True)"):
+        flat = {
+            "threat-model": "C",
+            "attack": attack,
+            "channel": "trusted-sum",
+            "data.dataset": "digits",
+            "model.name": "lenet",
+            "federation.local": "fedavg(epochs=1, batch_size=8, lr=0.1)",
+        }
+        with pytest.raises(ScenarioError, match="no client's local training"):
+            check(Parts(Scenario.from_flat(flat)))

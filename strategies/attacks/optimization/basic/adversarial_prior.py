@@ -153,21 +153,16 @@ class AdversarialPrior(Attack):
 def class_means(split: Split, labels: Tensor, count: int, knowledge: Knowledge) -> Tensor:
     """Return the mean of some images of each label's class, ``[V, B, C, H, W]`` for ``[V, B]``.
 
-    Raises
-    ------
-    ValueError
-        If the surrogate data has no image of a class.
+    A class of which there is no surrogate image (a misread label, say) gets the mean of all.
     """
     guides = {}
     for label in set(labels.flatten().tolist()):
         own = (split.labels == label).nonzero().flatten()
-        if not len(own):
-            raise ValueError(
-                f"the surrogate data holds no image of class {label}, which an update is of: "
-                "nothing to resemble; use inverting-gradients, or data with that class"
-            )
-        order = torch.randperm(len(own), generator=knowledge.generator("guide", label))
-        images, _ = split.batch(own[order[:count]])
+        chosen = torch.arange(len(split))
+        if len(own):
+            order = torch.randperm(len(own), generator=knowledge.generator("guide", label))
+            chosen = own[order[:count]]
+        images, _ = split.batch(chosen)
         guides[label] = images.mean(dim=0)
     return torch.stack([torch.stack([guides[y] for y in row]) for row in labels.tolist()])
 

@@ -39,7 +39,7 @@ from fedsim.view import ServerView
 from strategies.attacks.labels.rule import LabelRule
 from strategies.attacks.optimization.engine import Recipe, invert
 from strategies.attacks.optimization.groups import Group
-from strategies.attacks.optimization.local_updates import LocalUpdates, in_order
+from strategies.attacks.optimization.local_updates import LocalUpdates, in_order, one_client_each
 from strategies.attacks.optimization.objectives import (
     SquaredDistance,
     Weighted,
@@ -272,8 +272,9 @@ class FedAvgLeakage(Attack):
         self.rule.check(model)
 
     def check_setting(self, setting: Setting) -> None:
-        """Refuse batches too large for the label rule."""
+        """Refuse sums of clients, and batches too large for the label rule."""
         self.rule.check_setting(setting)
+        one_client_each(setting)
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Return as many images for each view as it has examples."""

@@ -29,7 +29,7 @@ from strategies.attacks.labels.rule import LabelRule
 from strategies.attacks.optimization.engine import Recipe, invert, one_gradient
 from strategies.attacks.optimization.gradients import Operator
 from strategies.attacks.optimization.groups import Group
-from strategies.attacks.optimization.local_updates import LocalUpdates, in_order
+from strategies.attacks.optimization.local_updates import LocalUpdates, in_order, one_client_each
 from strategies.attacks.optimization.objectives import Cosine
 from strategies.attacks.optimization.optimizers import Adam
 from strategies.attacks.optimization.parametrizations import NormalizedPixels
@@ -142,8 +142,10 @@ class InvertingGradients(Attack):
         self.rule.check(model)
 
     def check_setting(self, setting: Setting) -> None:
-        """Refuse batches too large for the label rule."""
+        """Refuse batches too large for the label rule, and to simulate a sum of clients."""
         self.rule.check_setting(setting)
+        if self.simulate:
+            one_client_each(setting)
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Return as many images for each view as it has examples."""

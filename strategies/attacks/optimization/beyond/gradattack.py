@@ -110,8 +110,8 @@ class GradAttack(Attack):
 
     @property
     def source(self) -> StatisticsSource | None:
-        """Where BatchNorm statistics are from."""
-        if self.statistics == NONE:
+        """Where BatchNorm statistics are from; None where they have no weight."""
+        if self.statistics == NONE or not self.bn:
             return None
         source: StatisticsSource = registry.build(
             "statistics", self.statistics, "attack: statistics"
@@ -166,7 +166,7 @@ class GradAttack(Attack):
     def distances(self, group: Group, knowledge: Knowledge) -> list[ActivationPrior]:
         """Return the distance to what the source says of each view."""
         source = self.source
-        if source is None or not self.bn:
+        if source is None:
             return []
         wanted = [source.statistics(view, group.model, knowledge) for view in group.views]
         return [BatchNormDistance(self.bn, wanted)]
