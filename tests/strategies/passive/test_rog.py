@@ -1,15 +1,17 @@
 """ROG: few pixels enlarged, the ceiling that this sets, and what the restorer adds."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.functional import interpolate
 
 from clients.defenses.perturbation.prune import Prune
-from fedsim.attack import Reconstruction
+from fedsim.attack import Reconstruction, Setting
 from fedsim.data import load_dataset, split_test
 from fedsim.errors import ScenarioError
+from fedsim.threat import TrainingDetails
 from strategies.attacks.optimization.augmented.rog import (
     ROG,
     LowResolution,
@@ -193,6 +195,17 @@ def test_a_factor_that_does_not_fit_is_refused():
     with pytest.raises(ScenarioError, match="fedavg-counts"):
         ROG(labels="fedavg-count")
     assert ROG(labels="oracle").oracles == {"labels"}
+
+
+def test_a_sum_of_clients_local_training_is_refused():
+    model, secagg = Honest("lenet", spec()).model(), SimpleNamespace(aggregates=True)
+    trained = TrainingDetails("weights", 0.1, 4, 2, 0.0, 0.0)
+    setting = Setting(model, 2, 2, (8, 8), trained, "frozen", channel=secagg)
+    with pytest.raises(ValueError, match="plain"):
+        ROG().check_setting(setting)
+    ROG().check_setting(
+        dataclasses.replace(setting, training=dataclasses.replace(trained, kind="gradient"))
+    )
 
 
 # -- figures ---------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ from strategies.attacks.optimization.augmented.denoiser import Denoiser
 from strategies.attacks.optimization.engine import Recipe, invert
 from strategies.attacks.optimization.gradients import BatchGradients, Operator
 from strategies.attacks.optimization.groups import Group
-from strategies.attacks.optimization.local_updates import LocalUpdates, in_order
+from strategies.attacks.optimization.local_updates import LocalUpdates, in_order, one_client_each
 from strategies.attacks.optimization.objectives import Objective, SquaredDistance, Weighted
 from strategies.attacks.optimization.optimizers import Adam
 from strategies.attacks.optimization.parametrizations import Candidate, Pixels
@@ -197,8 +197,10 @@ class ROG(Attack):
         self.rule.check(model)
 
     def check_setting(self, setting: Setting) -> None:
-        """Refuse batches too large for the label rule."""
+        """Refuse batches too large for the label rule, and sums of clients' local training."""
         self.rule.check_setting(setting)
+        if setting.training.kind == "weights":
+            one_client_each(setting)
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Return as many images for each view as it has examples."""
