@@ -70,8 +70,12 @@ class GradAttack(Attack):
         authors="Yangsibo Huang, Samyak Gupta, Zhao Song, Kai Li, Sanjeev Arora",
         venue="NeurIPS",
         year=2021,
-        published="PENDING",
-        measured="PENDING",
+        published="average LPIPS (VGG) of CIFAR-10, ResNet-18, strongest setting, 1 / 16 / 32 "
+        "images: 0.19 / 0.45 / 0.45 (Table 2, recalled); each assumption taken away raises it",
+        measured="convnet(stride=2, norm='batch') after one epoch, 500 iterations, 1 / 16 images: "
+        "strongest 25.3 / 13.9 dB, labels searched 22.4 / 12.9, statistics of other data 23.3 / "
+        "13.4, neither 22.5 / 12.6, shuffled control 8.8 / 11.7, floor 11.7 / 12.9 (fedsim run "
+        "scenarios/huang2021)",
     )
     needs = frozenset({Capability.UPDATES, Capability.BASICS})
     unit = "iterations"
