@@ -219,11 +219,13 @@ HEAD = """# Attacks on one gradient, side by side
 The same 20 CIFAR-10 images for all (training images {places}), the same captures, at most
 {iterations} iterations of one start (two seeds where seeds work together): far fewer than the
 papers', so that the figures compare methods and say little of what each can reach.  Networks:
-`lenet` (sigmoid, U(-0.5, 0.5), 15.8 k parameters), the same with tanh and PyTorch's own start, and
-`{resnet}`, each untrained and after an epoch on 10,000 training images; BatchNorm in eval mode.
+{networks}; each untrained and after an epoch on 10,000 training images, BatchNorm in eval mode.
 PSNR in [0, 1], matched one to one by the auditor;
 "leaked" is PSNR of 20 dB or more; "floor" is the best guess that sees no update.  No LPIPS: its
 weights were not at hand.  Seconds are of a machine that did other things too.
+
+`e2egi` reads labels off sums of rows, which needs features that are not negative; `hcgla` is meant
+for sparsified gradients; `idlg` and `hcgla` are for one example.
 
 One command: `{command}`.
 """
@@ -231,10 +233,14 @@ One command: `{command}`.
 
 def page(cells: Sequence[Cell], methods: Sequence[str], iterations: int, out: Path) -> str:
     """Return the page."""
+    networks = list(dict.fromkeys(cell.network for cell in cells))
     places = f"{PLACES[0]}, {PLACES[1]}, {PLACES[2]} ... {PLACES[-1]}"
     lines = [
         HEAD.format(
-            places=places, iterations=iterations, resnet=NETWORKS["resnet20"], command=COMMAND
+            places=places,
+            iterations=iterations,
+            networks=", ".join(f"`{NETWORKS[name]}`" for name in networks),
+            command=f"{COMMAND} --networks {' '.join(networks)}",
         )
     ]
     for cell in cells:
@@ -257,7 +263,7 @@ def page(cells: Sequence[Cell], methods: Sequence[str], iterations: int, out: Pa
 def row(method: str, found: dict[str, Any], plain: float | None) -> str:
     """Return one line of a table."""
     if "refused" in found:
-        return f"| {method} | refused: {found['refused'].splitlines()[0]} |" + " |" * 7
+        return f"| {method} | refused |" + " |" * 7
     beside = "" if plain is None else f"{found['psnr'] - plain:+.1f}"
     labels = "" if found["labels"] is None else f"{found['labels']:.2f}"
     return (
