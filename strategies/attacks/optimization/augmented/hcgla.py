@@ -32,6 +32,7 @@ from fedsim.seeds import seeded_globals
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
 from strategies.attacks.labels.idlg import IDLG
+from strategies.attacks.labels.rule import most_examples
 from strategies.attacks.optimization.augmented.denoiser import Denoiser
 from strategies.attacks.optimization.engine import Recipe, invert
 from strategies.attacks.optimization.groups import Group
@@ -122,9 +123,9 @@ class HCGLA(Attack):
 
     def check_setting(self, setting: Setting) -> None:
         """Refuse updates of more than one example: the sign tells one label."""
-        if setting.uploads[-1] > 1:
+        if (most := most_examples(setting)) > 1:
             raise ValueError(
-                f"hcgla is for one example and clients upload gradients of {setting.uploads[-1]}; "
+                f"hcgla is for one example and the server gets gradients of up to {most}; "
                 "use federation.local = 'fedsgd(batch_size=1, ...)', or inverting-gradients"
             )
 
