@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from fedsim import registry
 from fedsim.attack import Setting
 from fedsim.data import load_dataset
 from fedsim.threat import TrainingDetails
@@ -77,7 +78,8 @@ def test_what_it_cannot_read_is_refused_with_a_remedy():
     with pytest.raises(ValueError, match="inverting-gradients"):
         HCGLA().check(model, "weights")
     training = TrainingDetails("gradient", 0.1, 4, 1, 0.0, 0.0)
-    setting = Setting(model, 2, 2, (8, 8), training, "frozen", channel=None)
+    plain = registry.build("channel", "plain", "channel")
+    setting = Setting(model, 2, 2, (8, 8), training, "frozen", channel=plain)
     with pytest.raises(ValueError, match="batch_size=1"):
         HCGLA().check_setting(setting)
 
