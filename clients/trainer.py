@@ -5,9 +5,9 @@
 Flower's FedProx as server strategy the proximal term of Li et al. 2020 is added).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from fedsim.defense import Batch, ClientContext, Defense, Tensors, TrainingPlan
 from fedsim.local import Local, LocalData, Trained
-from fedsim.receipts import measured_batch, measured_update
+from fedsim.receipts import measured_batch, measured_hook, measured_update
 from fedsim.registry import register
 
 BatchSize = Annotated[int, Field(ge=1)]
@@ -57,8 +57,9 @@ class FedSGD(Local):
         batches = sampled(iter([first]), len(data), defenses, ctx)
         indices = next(iter(batches), first[:0])
         gradient = step_gradient(model, data.batch(indices), defenses, ctx)
-        update = upload_transformed(gradient, defenses, ctx)
-        return Trained(update, gradient, indices)
+        clean = ctx.public_part(gradient)
+        _keep_training(model, gradient.keys() - clean.keys(), gradient, self.lr)
+        return Trained(upload_transformed(clean, defenses, ctx), clean, indices)
 
     def probe(self, data: LocalData, ctx: ClientContext) -> Batch:
         """Return the one batch."""
@@ -112,17 +113,15 @@ class FedAvg(Local):
                 pull = proximal_mu * (parameter.detach() - before[name]) if proximal_mu else 0
                 parameter.grad = gradient[name] + pull
             for group in optimizer.param_groups:
-                group["lr"] = self.lr
-                for defense in defenses:
-                    group["lr"] = defense.learning_rate(group["lr"], ctx)
+                group["lr"] = rate(self.lr, defenses, ctx)
             optimizer.step()
             ctx.step += 1
-        clean = {name: p.detach() - before[name] for name, p in parameters.items()}
+        clean = ctx.public_part({n: p.detach() - before[n] for n, p in parameters.items()})
         update = upload_transformed(clean, defenses, ctx)
         changed = any(update[name] is not clean[name] for name in clean)
         after = {
-            name: before[name] + update[name] if changed else p.detach()
-            for name, p in parameters.items()
+            name: before[name] + update[name] if changed else parameters[name].detach()
+            for name in clean
         }
         return Trained(after, clean, seen.nonzero().flatten(), update)
 
@@ -141,13 +140,33 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def rate(lr: float, defenses: Sequence[Defense], ctx: ClientContext) -> float:
+    """Return this step's learning rate, as the defenses have it."""
+    for defense in defenses:
+        changed = defense.learning_rate(lr, ctx)
+        ctx.effect(defense).changed |= changed != lr
+        lr = changed
+    return lr
+
+
+def _keep_training(model: nn.Module, private: Set[str], gradient: Tensors, lr: float) -> None:
+    """Take the one step of FedSGD with the parameters that stay here."""
+    parameters = trainable(model)
+    with torch.no_grad():
+        for name in private:
+            parameters[name].sub_(lr * gradient[name])
+
+
 def sampled(
     batches: Iterator[Tensor], examples: int, defenses: Sequence[Defense], ctx: ClientContext
 ) -> Iterator[Tensor]:
     """Let each defense choose the batches in its turn."""
     chosen = batches
     for defense in defenses:
-        chosen = iter(defense.sampler(chosen, examples, ctx))
+        if type(defense).sampler is not Defense.sampler:
+            chosen = iter(
+                measured_hook(ctx.effect(defense), defense.sampler, chosen, examples, ctx)
+            )
     return chosen
 
 
@@ -157,22 +176,37 @@ def step_gradient(
     """Return one step's gradient: batch, loss, gradient, each as the defenses have it."""
     for defense in defenses:
         batch = measured_batch(ctx.effect(defense), defense.transform_batch, batch, ctx)
-    gradient = next(
-        (g for d in defenses if (g := d.gradients(model, batch, ctx)) is not None), None
-    )
+    gradient: Tensors | None = _first("gradients", model, batch, defenses, ctx)
     if gradient is None:
         gradient = batch_gradient(model, batch, defenses, ctx)
+    ctx.trainee, ctx.batch = model, batch
     for defense in defenses:
         effect = ctx.effect(defense)
         gradient = measured_update(effect, defense.transform_gradient, gradient, ctx)
     return gradient
 
 
+def _first(
+    hook: Literal["gradients", "loss"],
+    model: nn.Module,
+    batch: Batch,
+    defenses: Sequence[Defense],
+    ctx: ClientContext,
+) -> Any:
+    """Return what the first defense that has a way of its own makes of a batch, or None."""
+    for defense in defenses:
+        if getattr(type(defense), hook) is not getattr(Defense, hook):
+            own = getattr(defense, hook)
+            if (found := measured_hook(ctx.effect(defense), own, model, batch, ctx)) is not None:
+                return found
+    return None
+
+
 def batch_gradient(
     model: nn.Module, batch: Batch, defenses: Sequence[Defense], ctx: ClientContext
 ) -> Tensors:
     """Return the gradient of the mean loss over one batch."""
-    loss = next((s for d in defenses if (s := d.loss(model, batch, ctx)) is not None), None)
+    loss = _first("loss", model, batch, defenses, ctx)
     if loss is None:
         loss = cross_entropy(model(batch[0]), batch[1])
     parameters = trainable(model)

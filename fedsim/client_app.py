@@ -37,6 +37,7 @@ from fedsim.models import build_model, load_arrays, uploaded_names
 from fedsim.parts import Parts
 from fedsim.placing import places_in, whole
 from fedsim.population import ADDRESS, node_of
+from fedsim.receipts import measured_hook
 from fedsim.scenario import Scenario
 
 STORE = "defense-store"
@@ -179,10 +180,12 @@ def _respond(
     _worker.idle = {}
     before = _before(model, defenses)
     trainee = _wrapped(model, defenses, ctx)
-    public = seeds.derive(parts.scenario.seed, "training", ctx.client, ctx.round)
-    with seeds.seeded_globals(public):  # dropout
+    ctx.shared = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+    noise = ctx.secret("training").initial_seed()
+    with seeds.seeded_globals(noise):  # dropout: nobody may know which units were on
         pull = cast(float, config.get("proximal-mu", 0.0))
         trained = parts.local.train(trainee, data, defenses, ctx, pull)
+    ctx.trainee = ctx.batch = None
     upload = _upload(trainee, trained.upload, names)
     verdicts |= _inspect_update(before, upload, data.batch(trained.indices), defenses, ctx)
     model.zero_grad()
@@ -198,10 +201,16 @@ def _respond(
     content = RecordDict(
         {
             "arrays": ArrayRecord({name: _array(tensor) for name, tensor in upload.items()}),
-            "metrics": MetricRecord({"num-examples": len(trained.indices)}),
+            "metrics": MetricRecord({"num-examples": _weight(defenses, ctx, len(trained.indices))}),
         }
     )
     return Message(content, reply_to=msg)
+
+
+def _weight(defenses: tuple[Defense, ...], ctx: ClientContext, examples: int) -> int:
+    """Return how many examples the client says that its update is of."""
+    told = (defense.weight(ctx.plan) for defense in defenses)
+    return next((weight for weight in told if weight is not None), examples)
 
 
 def _loaded(
@@ -288,7 +297,7 @@ def _wrapped(model: nn.Module, defenses: tuple[Defense, ...], ctx: ClientContext
     if wrapping:
         model = copy.deepcopy(model)
     for defense in wrapping:
-        model = defense.wrap_model(model, ctx)
+        model = measured_hook(ctx.effect(defense), defense.wrap_model, model, ctx)
     return model
 
 

@@ -5,10 +5,12 @@ The hooks follow the order in which a client works; a chain ``a | b`` applies a'
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from flwr.serverapp.strategy import Strategy
 from torch import Tensor, nn
 
 from fedsim.attack import Paper, Setting, ToyCase
@@ -18,6 +20,33 @@ Place = Literal["gradient", "update"]
 REFUSED = 1001
 Tensors = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor]
+
+
+class Rank(IntEnum):
+    """A defense's place in the one order of a chain that keeps every guarantee."""
+
+    CHECK = 0
+    DATA = 10
+    MODEL = 20
+    GRADIENT = 30
+    CLIP = 40
+    NOISE = 50
+    SPARSIFY = 60
+    QUANTIZE = 70
+    SERVER = 80
+
+
+#: Why a defense must not stand behind one of a higher rank.
+BELONGS_BEFORE = {
+    Rank.CHECK: "checks look at what was received before the rest acts",
+    Rank.DATA: "what changes examples acts before there is a gradient of them",
+    Rank.MODEL: "what changes the model acts before there is a gradient of it",
+    Rank.GRADIENT: "it makes the gradient, and would throw away what was done to it",
+    Rank.CLIP: "a norm cut off after noise, or after rounding, bounds no sensitivity, and biases",
+    Rank.NOISE: "noise after sparsifying or rounding fills the zeros and leaves the grid again",
+    Rank.SPARSIFY: "sparsifying picks by magnitude, which rounding has made equal",
+    Rank.QUANTIZE: "what is rounded last is what is sent",
+}
 
 
 @dataclass(frozen=True)
@@ -43,13 +72,17 @@ class TrainingPlan:
 
 @dataclass
 class Effect:
-    """Sums over all calls of one defense in one round at one client."""
+    """Sums over all calls of one defense in one round at one client.
+
+    ``figures`` are what else it tells the auditor of itself, by name: the report shows their mean.
+    """
 
     changed: bool = False
     dot: float = 0.0
     before: float = 0.0
     after: float = 0.0
     seconds: float = 0.0
+    figures: dict[str, float] = field(default_factory=dict)
 
     def receipt(self) -> dict[str, Any]:
         """Return ``changed``, the cosine to the unchanged update, the norm ratio and seconds."""
@@ -59,6 +92,7 @@ class Effect:
             "cosine": self.dot / norms if norms else None,
             "norm_ratio": (self.after / self.before) ** 0.5 if self.before else None,
             "seconds": self.seconds,
+            **self.figures,
         }
 
 
@@ -86,6 +120,13 @@ class ClientContext:
         The run that this client takes part in.
     places : dict of str to tuple of int
         Which arrays it was told to place in a larger one, and where (:mod:`fedsim.placing`).
+    shared : frozenset of str or None
+        Names of the parameters that the server sent; others, which :meth:`Defense.wrap_model`
+        added, are trained and stay here.  None where all are shared.
+    trainee : nn.Module or None
+        The model as it is in this step, for ``transform_gradient``.
+    batch : tuple of Tensor or None
+        What this step's gradient is of, for ``transform_gradient``.
     """
 
     client: int
@@ -99,6 +140,16 @@ class ClientContext:
     model: str = ""
     run_id: int = 0
     places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    shared: frozenset[str] | None = None
+    trainee: nn.Module | None = None
+    batch: Batch | None = None
+
+    def public_part(self, update: Tensors) -> Tensors:
+        """Return what of an update is of parameters that the server knows of."""
+        shared = self.shared
+        if shared is None or update.keys() <= shared:
+            return update
+        return {name: tensor for name, tensor in update.items() if name in shared}
 
     def effect(self, defense: "Defense") -> Effect:
         """Return the sums in which this defense's doings are counted."""
@@ -107,6 +158,19 @@ class ClientContext:
 
 class Refusal(Exception):  # noqa: N818 - a client's answer, not its error
     """A client will not train on what it was sent, or send what came of it."""
+
+
+@dataclass(frozen=True)
+class ServerContext:
+    """What the server's part of a defense may know.
+
+    ``secret(*names)`` is a generator of the secret stream, the server's own.  ``cohort`` clients
+    train in each of ``rounds`` rounds.
+    """
+
+    cohort: int
+    rounds: int
+    secret: Callable[..., torch.Generator]
 
 
 @dataclass(frozen=True)
@@ -143,14 +207,32 @@ class Defense:
     changes_upload: ClassVar[bool] = True
     #: Whether its guarantee is of a sum over clients: there is none where uploads are read singly.
     of_sums: ClassVar[bool] = False
-    #: Rank in the fixed order data -> model -> gradient -> clip -> noise -> sparsify -> quantize.
-    rank: ClassVar[int] = 0
+    #: Its place in a chain.
+    rank: ClassVar[Rank] = Rank.CHECK
 
     def check(self, model: nn.Module, kind: str) -> None:
         """Refuse a model or an upload kind that this defense cannot act on (``ValueError``)."""
 
     def check_setting(self, setting: Setting) -> None:
         """Refuse a federation in which this defense cannot act as it says (``ValueError``)."""
+
+    def architecture(self, model: str) -> str:
+        """Return the model expression that server and clients share instead of ``model``.
+
+        For defenses that are part of the network, and known to all.
+        """
+        return model
+
+    def strategy(self, inner: Strategy, ctx: ServerContext) -> Strategy:
+        """Return a Flower strategy around ``inner``, for what the server itself does.
+
+        It gets full weights of each client and hands them on (:class:`fedsim.federation.Wrapper`).
+        """
+        return inner
+
+    def weight(self, plan: TrainingPlan) -> int | None:
+        """Return how many examples the client says that its update is of; None for the truth."""
+        return None
 
     def shared(self) -> list[Path]:
         """Return the folders in which clients tell each other what the server must not touch.
@@ -208,7 +290,11 @@ class Defense:
         return batch
 
     def wrap_model(self, model: nn.Module, ctx: ClientContext) -> nn.Module:
-        """Return the module to train; private parameters stay out of ``received``'s names."""
+        """Return the module to train, a copy that may be changed in place.
+
+        What the server sent keeps its names.  Parameters of other names are private: trained, and
+        never uploaded; a tensor of ``ctx.store`` that shares their memory remembers them.
+        """
         return model
 
     def loss(self, model: nn.Module, batch: Batch, ctx: ClientContext) -> Tensor | None:
@@ -220,7 +306,10 @@ class Defense:
         return None
 
     def transform_gradient(self, gradient: Tensors, ctx: ClientContext) -> Tensors:
-        """Change one step's gradient, before the client itself trains on it."""
+        """Change one step's gradient, before the client itself trains on it.
+
+        It is of ``ctx.trainee`` on ``ctx.batch``.
+        """
         return gradient
 
     def learning_rate(self, lr: float, ctx: ClientContext) -> float:

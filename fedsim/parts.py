@@ -13,7 +13,7 @@ from fedsim import registry, seeds
 from fedsim.attack import Attack, Manipulation, Setting
 from fedsim.channel import Channel
 from fedsim.data import DataSet, DataSpec, load_dataset, partition
-from fedsim.defense import Defense, TrainingPlan, guarantees
+from fedsim.defense import BELONGS_BEFORE, Defense, TrainingPlan, guarantees
 from fedsim.errors import ScenarioError
 from fedsim.federation import build_strategy, least_share, unfit_strategy
 from fedsim.files import unwritable
@@ -120,15 +120,23 @@ class Parts:
             wanted = "cuda" if torch.cuda.is_available() else "cpu"
         return torch.device(wanted)
 
-    def model(self) -> nn.Module:
-        """Return the federation's model with the weights that training starts from.
+    @cached_property
+    def architecture(self) -> str:
+        """The model expression that is shared: the scenario's, as the defenses have it."""
+        expression = self.scenario.model.name
+        for defense in self.defenses:
+            expression = defense.architecture(expression)
+        return expression
+
+    def model(self, expression: str | None = None) -> nn.Module:
+        """Return the federation's model, or another, with the weights that training starts from.
 
         Raises
         ------
         ScenarioError
             If ``model.weights`` names no file with such a model's weights.
         """
-        name, weights = self.scenario.model.name, self.scenario.model.weights
+        name, weights = expression or self.architecture, self.scenario.model.weights
         model = initial_model(name, self.spec, self.scenario.seed).to(self.dtype)
         if weights != "none":
             try:
@@ -292,11 +300,7 @@ def _check_known(parts: Parts) -> None:
 def _check_order(defenses: tuple[Defense, ...], text: str) -> None:
     for first, second in pairwise(defenses):
         if first.rank > second.rank:
-            remedy = f"{second.name} must come before {first.name}: "
-            if second.changes_upload:
-                remedy += "clip, noise, sparsify, quantize; any other order breaks a guarantee"
-            else:
-                remedy += "checks look at what was received before the rest acts"
+            remedy = f"{second.name} must come before {first.name}: {BELONGS_BEFORE[second.rank]}"
             raise ScenarioError("defenses", text, remedy)
     names = [defense.name for defense in defenses]
     if twice := {name for name in names if names.count(name) > 1}:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,15 @@ def measured_update(
             effect.dot += float(torch.sum(before * after))
             effect.before += float(torch.sum(before * before))
             effect.after += float(torch.sum(after * after))
+    return result
+
+
+def measured_hook(effect: Effect, hook: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a hook that has no before and after to compare; what it returns is what it changes."""
+    started = time.perf_counter()
+    result = hook(*arguments)
+    effect.seconds += time.perf_counter() - started
+    effect.changed |= result is not None
     return result
 
 

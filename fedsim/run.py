@@ -21,11 +21,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
-from fedsim import registry, report
+from fedsim import registry, report, seeds
 from fedsim.adversary import build_knowledge, reconstruct
 from fedsim.attack import Active, Manipulation
 from fedsim.data import DataSpec, Split, split_test
-from fedsim.defense import Privacy, guarantees
+from fedsim.defense import Privacy, ServerContext, guarantees
 from fedsim.errors import RunFailed
 from fedsim.federation import Applied, Refereed, build_strategy
 from fedsim.interception import Interception
@@ -85,7 +85,14 @@ def federate(parts: Parts, grid: Grid, context: Context, folder: RunFolder) -> b
             population.tap = cast(Tap, role)
         behind = parts.channel.grid(population, context, scenario.federation.timeout)
         accuracy = _train(
-            parts, role, population, behind, on_round, called="federation", into=folder.path
+            parts,
+            role,
+            population,
+            behind,
+            on_round,
+            called="federation",
+            expression=parts.architecture,
+            into=folder.path,
         )
     honest = accuracy.pop("last_honest")
     if isinstance(parts.attack, Manipulation):
@@ -134,10 +141,8 @@ def _only_refused(parts: Parts, ledger: Ledger, folder: RunFolder) -> bool:
 
 def _server(parts: Parts, folder: RunFolder) -> tuple[Strategy, list[str], Knowledge | None]:
     """Build the strategy in its role; what the role writes down, and what it may know."""
-    scenario = parts.scenario
     lr = parts.local.lr if parts.local.kind == "gradient" else None
-    inner = build_strategy(scenario.federation.strategy, scenario.federation.fraction)
-    applied = Applied(inner, lr)
+    applied = Applied(_defended(parts), lr)
     if parts.attack is None:
         return applied, [], None
     views, kind = folder.path / "views", parts.local.kind
@@ -153,6 +158,20 @@ def _server(parts: Parts, folder: RunFolder) -> tuple[Strategy, list[str], Knowl
     return role, role.receipts, knowledge
 
 
+def _defended(parts: Parts) -> Strategy:
+    """Build the Flower strategy, with what defenses have the server itself do around it."""
+    scenario = parts.scenario
+    ctx = ServerContext(
+        cohort=int(scenario.federation.clients * scenario.federation.fraction),
+        rounds=scenario.federation.rounds,
+        secret=lambda *names: seeds.secret_generator(scenario.seed, "server", *names),
+    )
+    strategy = build_strategy(scenario.federation.strategy, scenario.federation.fraction)
+    for defense in parts.defenses:
+        strategy = defense.strategy(strategy, ctx)
+    return strategy
+
+
 def _population(parts: Parts, grid: Grid, ledger: Ledger, folder: RunFolder) -> Population:
     federation = parts.scenario.federation
     return Population(grid, federation.clients, ledger, federation.timeout, folder.path)
@@ -166,11 +185,12 @@ def _train(
     on_round: Callable[[int, float], None],
     *,
     called: str,
+    expression: str,
     into: Path | None = None,
 ) -> dict[str, float | None]:
     """Run the rounds; return accuracy on the hold-out before and after.
 
-    ``into`` is a folder for what was trained.
+    ``expression`` is the model that is trained, ``into`` a folder for what came of it.
     """
     scenario = parts.scenario
     rounds = scenario.federation.rounds
@@ -193,17 +213,17 @@ def _train(
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         if server_round in (0, rounds - 1, rounds):
-            measured[server_round] = accuracy(parts, arrays, holdout)
+            measured[server_round] = accuracy(parts, arrays, holdout, expression)
         if server_round == rounds and into:
             save_weights(into, {name: array.numpy() for name, array in arrays.items()})
         return None
 
     refereed.start(
         grid=grid,
-        initial_arrays=ArrayRecord(travelling(parts.model())),
+        initial_arrays=ArrayRecord(travelling(parts.model(expression))),
         num_rounds=rounds,
         timeout=scenario.federation.timeout,
-        train_config=ConfigRecord({"model": scenario.model.name, **_told(parts.spec)}),
+        train_config=ConfigRecord({"model": expression, **_told(parts.spec)}),
         evaluate_fn=evaluate,
     )
     population.ledger.rounds_aggregated = refereed.rounds_aggregated
@@ -231,22 +251,28 @@ def _baseline(parts: Parts, grid: Grid, folder: RunFolder) -> float | None:
     honest = Applied(inner, lr, message_type="train.baseline")
     folder.event("baseline")
     with closing(_population(parts, grid, Ledger(), folder)) as population:
-        measured = _train(parts, honest, population, population, lambda *_: None, called="baseline")
+        plain = parts.scenario.model.name
+        measured = _train(
+            parts,
+            honest,
+            population,
+            population,
+            lambda *_: None,
+            called="baseline",
+            expression=plain,
+        )
     return measured["after"]
 
 
-def accuracy(
-    parts: Parts, arrays: ArrayRecord, split: Split, expression: str | None = None
-) -> float | None:
+def accuracy(parts: Parts, arrays: ArrayRecord, split: Split, expression: str) -> float | None:
     """Return the share of a split that a model classifies rightly; None where it is empty.
 
-    The model is the scenario's unless another ``expression`` is given.  Where clients keep
+    ``expression`` is the model that the arrays are of.  Where clients keep
     BatchNorm's statistics to themselves there are none to classify with: it takes those of up to
     512 images at once, as clients in training take their batch's.
     """
     if not len(split):
         return None
-    expression = expression or parts.scenario.model.name
     model = build_model(expression, parts.spec).to(parts.dtype)
     load_arrays(model, {name: array.numpy() for name, array in arrays.items()})
     model = model.eval().to(parts.device)

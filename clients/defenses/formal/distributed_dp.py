@@ -26,7 +26,7 @@ from clients.defenses.formal.gaussian import epsilon_of
 from clients.defenses.perturbation.clip import clipped
 from clients.defenses.toy import RATIO_ATTACK
 from fedsim.attack import Paper, Setting, ToyCase
-from fedsim.defense import ClientContext, Defense, Place, Privacy, Tensors, TrainingPlan
+from fedsim.defense import ClientContext, Defense, Place, Privacy, Rank, Tensors, TrainingPlan
 from fedsim.registry import register
 
 
@@ -63,7 +63,7 @@ class DistributedDP(Defense):
         low=3.0,
         high=14.0,
     )
-    rank: ClassVar[int] = 50
+    rank: ClassVar[Rank] = Rank.NOISE
     of_sums: ClassVar[bool] = True
 
     norm: Annotated[float, Field(gt=0)] = 1.0

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from clients.defenses.toy import RATIO_ATTACK
 from fedsim.attack import Paper, ToyCase
-from fedsim.defense import ClientContext, Defense, Place, Privacy, Tensors, TrainingPlan
+from fedsim.defense import ClientContext, Defense, Place, Privacy, Rank, Tensors, TrainingPlan
 from fedsim.registry import register
 
 
@@ -57,7 +57,7 @@ class Gaussian(Defense):
         low=3.0,
         high=14.0,
     )
-    rank: ClassVar[int] = 50
+    rank: ClassVar[Rank] = Rank.NOISE
 
     std: Annotated[float, Field(gt=0)] = 1e-3
     at: Place = "update"

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from clients.defenses.toy import RATIO_ATTACK
 from fedsim.attack import Paper, ToyCase
-from fedsim.defense import ClientContext, Defense, Place, Tensors
+from fedsim.defense import ClientContext, Defense, Place, Rank, Tensors
 from fedsim.registry import register
 
 
@@ -51,7 +51,7 @@ class Clip(Defense):
         low=100.0,
         high=200.0,
     )
-    rank: ClassVar[int] = 40
+    rank: ClassVar[Rank] = Rank.CLIP
 
     norm: Annotated[float, Field(gt=0)] = 1.0
     at: Place = "update"

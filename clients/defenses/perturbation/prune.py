@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clients.defenses.toy import RATIO_ATTACK
 from fedsim.attack import Paper, ToyCase
-from fedsim.defense import ClientContext, Defense, Place, Tensors
+from fedsim.defense import ClientContext, Defense, Place, Rank, Tensors
 from fedsim.registry import register
 
 
@@ -57,7 +57,7 @@ class Prune(Defense):
         low=15.0,
         high=40.0,
     )
-    rank: ClassVar[int] = 60
+    rank: ClassVar[Rank] = Rank.SPARSIFY
 
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.9
     scope: Literal["layer", "global"] = "layer"

@@ -1,0 +1,107 @@
+"""What a defense may change besides an upload: the network, the server, what stays at home."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.serverapp.strategy import Strategy
+from torch import nn
+
+from fedsim.defense import ClientContext, Defense, ServerContext, TrainingPlan
+from fedsim.federation import Wrapper, with_arrays
+from fedsim.view import SavedViews
+from tests.fedsim.small import federated, plug_in
+
+RATE = "private.rate"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branch(Defense):
+    """Adds a private offset of the logits, which is trained and never sent."""
+
+    def wrap_model(self, model: nn.Module, ctx: ClientContext) -> nn.Module:
+        offset = nn.Parameter(ctx.store.get(RATE, torch.zeros(10)).clone())
+        model.register_parameter("offset", offset)
+        model.register_forward_hook(lambda module, _, out: out + module.offset)
+        ctx.store[RATE] = offset.detach()
+        return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wider(Defense):
+    """Has everybody train a wider network, and tells the auditor how wide."""
+
+    changes_upload = False
+
+    def architecture(self, model: str) -> str:
+        return model.replace("[8]", "[16]")
+
+    def wrap_model(self, model: nn.Module, ctx: ClientContext) -> nn.Module:
+        ctx.effect(self).figures["parameters"] = sum(p.numel() for p in model.parameters())
+        return model
+
+    def weight(self, plan: TrainingPlan) -> int:
+        return 1
+
+
+class Frozen(Wrapper):
+    """Hands on the model that was sent, whatever clients made of it."""
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: object, grid: object
+    ) -> Iterable[Message]:
+        self.sent = arrays
+        return super().configure_train(server_round, arrays, config, grid)  # type: ignore[arg-type]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        same = [with_arrays(reply, self.sent) for reply in replies]
+        return super().aggregate_train(server_round, same)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Freezing(Defense):
+    changes_upload = False
+
+    def strategy(self, inner: Strategy, ctx: ServerContext) -> Strategy:
+        assert (ctx.cohort, ctx.rounds) == (4, 2)
+        return Frozen(inner)
+
+
+@pytest.fixture(autouse=True)
+def _plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, defense in (("branch", Branch), ("wider", Wider), ("freezing", Freezing)):
+        plug_in(monkeypatch, "defense", name, defense)
+
+
+@pytest.mark.parametrize("local", ["fedsgd(batch_size=4, lr=0.1)", "fedavg(batch_size=32)"])
+def test_private_parameters_are_trained_kept_and_never_sent(local: str, tmp_path: Path) -> None:
+    changes = {"defenses": "branch", "federation.local": local, "attack": "linear-inversion"}
+    changes |= {"federation.rounds": 2, "data.dataset": "digits"}
+    ran = federated(tmp_path, changes)
+    assert not ran.failures
+    assert all("offset" not in view.received for view in ran.views)
+    plain = federated(tmp_path / "plain", changes | {"defenses": "none"})
+    first, other = ran.views[0].received, plain.views[0].received
+    same = all(torch.equal(first[name], other[name]) for name in first)
+    assert same == local.startswith("fedsgd")  # the offset begins at zero and moves after a step
+    late, later = ran.views[4].received, plain.views[4].received
+    assert not all(torch.equal(late[name], later[name]) for name in late)  # it was remembered
+
+
+def test_a_public_change_of_the_network_reaches_server_clients_and_attack(tmp_path: Path) -> None:
+    ran = federated(tmp_path, {"defenses": "wider", "attack": "linear-inversion"})
+    assert all(view.model == "mlp(hidden=[16])" for view in ran.views)
+    assert [t.shape[0] for t in ran.views[0].received.values()] == [16, 16, 10, 10]
+    assert {fact["num_examples"] for fact in SavedViews(ran.folder.path / "views").facts()} == {1}
+
+
+def test_what_the_server_does_itself_stands_between_uploads_and_average(tmp_path: Path) -> None:
+    ran = federated(tmp_path, {"defenses": "freezing", "federation.rounds": 2})
+    before, after = ran.federation["accuracy"]["before"], ran.federation["accuracy"]["after"]
+    assert np.isclose(before, after)
