@@ -58,6 +58,11 @@ class Gaussian(Defense):
         high=14.0,
     )
     rank: ClassVar[Rank] = Rank.NOISE
+    strengths: ClassVar[tuple[str, ...]] = (
+        "clip(norm=1.0) | gaussian(std=1e-4)",
+        "clip(norm=1.0) | gaussian(std=1e-3)",
+        "clip(norm=1.0) | gaussian(std=1e-2)",
+    )
 
     std: Annotated[float, Field(gt=0)] = 1e-3
     at: Place = "update"

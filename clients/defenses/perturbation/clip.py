@@ -52,6 +52,11 @@ class Clip(Defense):
         high=200.0,
     )
     rank: ClassVar[Rank] = Rank.CLIP
+    strengths: ClassVar[tuple[str, ...]] = (
+        "clip(norm=10.0)",
+        "clip(norm=1.0)",
+        "clip(norm=0.1)",
+    )
 
     norm: Annotated[float, Field(gt=0)] = 1.0
     at: Place = "update"

@@ -58,6 +58,11 @@ class Prune(Defense):
         high=40.0,
     )
     rank: ClassVar[Rank] = Rank.SPARSIFY
+    strengths: ClassVar[tuple[str, ...]] = (
+        "prune(ratio=0.5)",
+        "prune(ratio=0.9)",
+        "prune(ratio=0.99)",
+    )
 
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.9
     scope: Literal["layer", "global"] = "layer"

@@ -1,0 +1,82 @@
+"""What a defended round costs over an undefended one: docs/methods/defenses-overhead.md.
+
+    python tests/benchmarks/defense_overhead.py [--rounds 4] [--only NAME ...]
+        [--page docs/methods/defenses-overhead.md]
+
+Photo tiles, a convnet, 4 clients, one local epoch of batches of 32.  Each defense is run between
+two undefended federations, and its ratio is to the mean of the two, of the fastest round after the
+first: so that what else the machine does weighs on both alike.
+"""
+
+import argparse
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from defense_rows import NOTHING, Row, measured, rows
+
+COMMAND = "python tests/benchmarks/defense_overhead.py"
+SETTING: dict[str, Any] = {
+    "title": "overhead",
+    "data.dataset": "photo-tiles",
+    "model.name": "convnet(stride=2)",
+    "federation.clients": 4,
+    "federation.local": "fedavg(epochs=1, batch_size=32, lr=0.05)",
+    "audit.baseline": False,
+}
+HEAD = """# What a defended round costs
+
+Photo tiles, `convnet(stride=2)`, 4 clients, one local epoch in batches of 32, one thread: seconds of
+the fastest round after the first, as a ratio to undefended rounds before and after it, and bytes
+sent up, as a ratio too.
+
+One command: `{command}`.
+
+| defense | seconds a round | ratio | bytes up, ratio |
+| --- | --- | --- | --- |
+"""
+
+
+def fastest(row: Row, rounds: int) -> tuple[float, float] | str:
+    """Return seconds of the fastest round after the first and bytes up, or why there are none."""
+    with tempfile.TemporaryDirectory() as out:
+        flat = SETTING | row.keys | {"federation.rounds": rounds}
+        report = measured(flat, Path(out), COMMAND)
+    if "refused" in report:
+        return f"refused: {report['refused'].split(';')[0]}"
+    return min(report["federation"]["round_seconds"][1:]), report["federation"]["bytes_up"]
+
+
+def line(row: Row, before: tuple[float, float], rounds: int) -> tuple[str, tuple[float, float]]:
+    """Return a row of the table, and the undefended figures after it."""
+    found, after = fastest(row, rounds), fastest(NOTHING, rounds)
+    assert not isinstance(after, str)
+    name = f"`{row.expression}`".replace("|", "\\|")
+    if isinstance(found, str):
+        return f"| {name} | {found} | | |", after
+    plain = (before[0] + after[0]) / 2
+    ratios = f"{found[0]:.2f} | {found[0] / plain:.2f} | {found[1] / after[1]:.2f}"
+    return f"| {name} | {ratios} |", after
+
+
+def main() -> None:
+    """Run everything, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--only", nargs="+", default=None)
+    parser.add_argument("--page", type=Path, default=Path("docs/methods/defenses-overhead.md"))
+    given = parser.parse_args()
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    before = fastest(NOTHING, given.rounds)
+    assert not isinstance(before, str)
+    text = HEAD.format(command=COMMAND)
+    for row in rows():
+        if given.only is None or row.name in given.only:
+            told, before = line(row, before, given.rounds)
+            text += told + "\n"
+    given.page.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
