@@ -5,8 +5,8 @@
 
 The same 64 CIFAR-10 images for all (training images 0, 100 ... 6300).  Passive attacks get one
 image a client, from 64 clients; an imprint gets 8 images from each of 8.  Accuracy is of a
-federation of its own: 8 clients, 4,000 images, ten rounds.  Finished cells are kept in ``--out``, one file each,
-so that the command goes on where it stopped; delete them when a method changes.
+federation of its own: 8 clients, 4,000 images, ten rounds.  Finished cells are kept in ``--out``,
+one file each, so that the command goes on where it stopped; delete them when a method changes.
 """
 
 import argparse

@@ -59,9 +59,9 @@ class Gaussian(Defense):
     )
     rank: ClassVar[Rank] = Rank.NOISE
     strengths: ClassVar[tuple[str, ...]] = (
-        "clip(norm=1.0) | gaussian(std=1e-4)",
-        "clip(norm=1.0) | gaussian(std=1e-3)",
-        "clip(norm=1.0) | gaussian(std=1e-2)",
+        "clip(norm=0.1) | gaussian(std=1e-4)",
+        "clip(norm=0.1) | gaussian(std=1e-3)",
+        "clip(norm=0.1) | gaussian(std=1e-2)",
     )
 
     std: Annotated[float, Field(gt=0)] = 1e-3

@@ -53,9 +53,9 @@ class Clip(Defense):
     )
     rank: ClassVar[Rank] = Rank.CLIP
     strengths: ClassVar[tuple[str, ...]] = (
-        "clip(norm=10.0)",
-        "clip(norm=1.0)",
+        "clip(norm=0.5)",
         "clip(norm=0.1)",
+        "clip(norm=0.02)",
     )
 
     norm: Annotated[float, Field(gt=0)] = 1.0
