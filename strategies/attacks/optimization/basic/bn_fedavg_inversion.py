@@ -27,15 +27,13 @@ from typing import Annotated, Self
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedsim import registry
-from fedsim.attack import Attack, Paper, Reconstruction, Setting, ToyCase
+from fedsim.attack import Paper, Reconstruction, ToyCase
 from fedsim.data import DataSpec
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
-from strategies.attacks.labels.rule import LabelRule
 from strategies.attacks.optimization.activations import BatchNormDistance
 from strategies.attacks.optimization.engine import Recipe, invert
 from strategies.attacks.optimization.groups import Group
@@ -44,11 +42,10 @@ from strategies.attacks.optimization.optimizers import Adam, Langevin, Optimizer
 from strategies.attacks.optimization.parametrizations import Candidate, NormalizedPixels
 from strategies.attacks.optimization.priors import Differentiated, Norm, Prior
 from strategies.attacks.optimization.schedules import cosine
-from strategies.attacks.statistics.source import StatisticsSource
+from strategies.attacks.statistics.attack import TakesStatistics
 
 Weight = Annotated[float, Field(ge=0)]
 WARM_UP = 100
-SEARCHED = "searched"
 
 
 class FromMeanImage(NormalizedPixels):
@@ -124,7 +121,7 @@ class FourWayVariation(Differentiated):
 
 @register("attack", "bn-fedavg-inversion")
 @dataclass(frozen=True, kw_only=True)
-class BatchNormFedAvgInversion(Attack):
+class BatchNormFedAvgInversion(TakesStatistics):
     """Threat model D: public images like the clients', for the one that all candidates start at.
 
     Cost: ``iterations * restarts`` gradient evaluations for each view.  Defaults are the release's;
@@ -166,6 +163,7 @@ class BatchNormFedAvgInversion(Attack):
         {Capability.UPDATES, Capability.BASICS, Capability.DETAILS, Capability.SURROGATE}
     )
     unit = "iterations"
+    searched = "searched"
     toy = ToyCase(
         scenario={
             "threat-model": "D",
@@ -191,47 +189,7 @@ class BatchNormFedAvgInversion(Attack):
     statistics: str = "recovered"
     lr: Annotated[float, Field(gt=0)] = 0.1
     noise: Weight = 0.1
-    labels: str = SEARCHED
-
-    def __post_init__(self) -> None:
-        """Refuse a label rule or a source of statistics that does not exist (``ScenarioError``)."""
-        _ = self.rule, self.source
-
-    @property
-    def rule(self) -> LabelRule | None:
-        """The label rule; None where labels are searched."""
-        if self.labels == SEARCHED:
-            return None
-        rule: LabelRule = registry.build("labels", self.labels, "attack: labels")
-        return rule
-
-    @property
-    def source(self) -> StatisticsSource:
-        """Where the statistics are from."""
-        source: StatisticsSource = registry.build(
-            "statistics", self.statistics, "attack: statistics"
-        )
-        return source
-
-    @property
-    def oracles(self) -> frozenset[str]:
-        """What the label rule and the source of statistics ask for."""
-        told = self.source.oracles if self.batchnorm else frozenset[str]()
-        return told | (self.rule.oracles if self.rule else frozenset())
-
-    def check(self, model: nn.Module, kind: str) -> None:  # noqa: ARG002
-        """Refuse a model without BatchNorm, or one that the label rule cannot read."""
-        if self.batchnorm:
-            self.source.check(model)
-        if self.rule:
-            self.rule.check(model)
-
-    def check_setting(self, setting: Setting) -> None:
-        """Refuse batches too large for the label rule, and statistics that are not to be had."""
-        if self.rule:
-            self.rule.check_setting(setting)
-        if self.batchnorm:
-            self.source.check_setting(setting)
+    labels: str = searched
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Return as many images for each view as it has examples."""

@@ -22,14 +22,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedsim import registry
-from fedsim.attack import Attack, Paper, Reconstruction, Setting, ToyCase
+from fedsim.attack import Paper, Reconstruction, ToyCase
 from fedsim.models import initial_model
 from fedsim.models.statistics import batchnorm_layers
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
-from strategies.attacks.labels.rule import LabelRule
+from strategies.attacks.labels.attack import TakesLabels
 from strategies.attacks.optimization.activations import BatchNormDistance
 from strategies.attacks.optimization.engine import Recipe, invert
 from strategies.attacks.optimization.groups import Group
@@ -54,7 +53,7 @@ HELD_OUT = 0.1  # of the surrogate images, to say how good the auxiliary network
 
 @register("attack", "gradvit")
 @dataclass(frozen=True, kw_only=True)
-class GradViT(Attack):
+class GradViT(TakesLabels):
     """Threat model D.  Cost: ``iterations * restarts`` evaluations a view, and one training.
 
     Parameters
@@ -127,24 +126,9 @@ class GradViT(Attack):
     epochs: Annotated[int, Field(ge=1)] = 5
     labels: str = "gradinversion"
 
-    def __post_init__(self) -> None:
-        """Refuse a label rule that does not exist (``ScenarioError``)."""
-        _ = self.rule
-
-    @property
-    def rule(self) -> LabelRule:
-        """The label rule."""
-        rule: LabelRule = registry.build("labels", self.labels, "attack: labels")
-        return rule
-
-    @property
-    def oracles(self) -> frozenset[str]:
-        """What the label rule asks for."""
-        return self.rule.oracles
-
-    def check(self, model: nn.Module, kind: str) -> None:  # noqa: ARG002
+    def check(self, model: nn.Module, kind: str) -> None:
         """Refuse a network without patches, and an auxiliary one without BatchNorm."""
-        self.rule.check(model)
+        super().check(model, kind)
         if not isinstance(getattr(model, "patch", None), int):
             raise ValueError(
                 "the model cuts no patches; use a transformer (vit(first='standard')), or "
@@ -160,10 +144,6 @@ class GradViT(Attack):
                 f"the auxiliary network {self.auxiliary!r} keeps no BatchNorm statistics; use "
                 "resnet20(width=8)"
             )
-
-    def check_setting(self, setting: Setting) -> None:
-        """Refuse batches of more images than the label rule names."""
-        self.rule.check_setting(setting)
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Train the auxiliary network, then return as many images as each view has examples."""

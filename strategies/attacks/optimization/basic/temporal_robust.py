@@ -19,12 +19,11 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedsim import registry
-from fedsim.attack import Attack, Paper, Reconstruction, Setting, ToyCase
+from fedsim.attack import Paper, Reconstruction, Setting, ToyCase
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
-from strategies.attacks.labels.rule import LabelRule
+from strategies.attacks.labels.attack import TakesLabels
 from strategies.attacks.optimization.engine import Recipe
 from strategies.attacks.optimization.objectives import Cosine, Objective, SquaredDistance
 from strategies.attacks.optimization.optimizers import Adam
@@ -43,7 +42,7 @@ from strategies.attacks.optimization.schedules import ig_steps
 
 @register("attack", "temporal-robust")
 @dataclass(frozen=True, kw_only=True)
-class TemporalRobust(Attack):
+class TemporalRobust(TakesLabels):
     """Threat model B.  Cost: ``iterations * restarts`` gradient evaluations for each upload.
 
     One answer for each client, from all its uploads.  It wants about five rounds or more: of two a
@@ -117,21 +116,6 @@ class TemporalRobust(Attack):
     lr: Annotated[float, Field(gt=0)] = 0.1
     labels: str = "analytic"
 
-    def __post_init__(self) -> None:
-        """Refuse a label rule that does not exist (``ScenarioError``)."""
-        _ = self.rule
-
-    @property
-    def rule(self) -> LabelRule:
-        """The label rule."""
-        rule: LabelRule = registry.build("labels", self.labels, "attack: labels")
-        return rule
-
-    @property
-    def oracles(self) -> frozenset[str]:
-        """What the label rule asks for."""
-        return self.rule.oracles
-
     def check(self, model: nn.Module, kind: str) -> None:
         """Refuse a model that the label rule cannot read, and updates whose scale is unknown."""
         if self.distance == "squared" and kind != "gradient":
@@ -139,11 +123,11 @@ class TemporalRobust(Attack):
                 "the squared distance needs the scale of a gradient, and weights after local "
                 "training have another; use distance='cosine'"
             )
-        self.rule.check(model)
+        super().check(model, kind)
 
     def check_setting(self, setting: Setting) -> None:
         """Refuse clients that draw another batch every round."""
-        self.rule.check_setting(setting)
+        super().check_setting(setting)
         same_batch_every_round(setting)
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:

@@ -22,14 +22,12 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
-from torch import nn
 
-from fedsim import registry
-from fedsim.attack import Attack, Paper, Reconstruction, Setting, ToyCase
+from fedsim.attack import Paper, Reconstruction, Setting, ToyCase
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
-from strategies.attacks.labels.rule import LabelRule
+from strategies.attacks.labels.attack import TakesLabels
 from strategies.attacks.optimization.engine import Recipe
 from strategies.attacks.optimization.groups import Group
 from strategies.attacks.optimization.objectives import Cosine, Weighted, for_each_layer
@@ -42,7 +40,7 @@ from strategies.attacks.optimization.schedules import ig_steps
 
 @register("attack", "agic")
 @dataclass(frozen=True, kw_only=True)
-class ApproximateGradientInversion(Attack):
+class ApproximateGradientInversion(TakesLabels):
     """Threat model B.  Cost: ``iterations * restarts`` gradient evaluations for each upload.
 
     One answer for each client, from all its uploads.  Large rates over many local steps break it:
@@ -101,28 +99,9 @@ class ApproximateGradientInversion(Attack):
     last: Annotated[float, Field(gt=0)] = 2.0
     labels: str = "fedavg-counts"
 
-    def __post_init__(self) -> None:
-        """Refuse a label rule that does not exist (``ScenarioError``)."""
-        _ = self.rule
-
-    @property
-    def rule(self) -> LabelRule:
-        """The label rule."""
-        rule: LabelRule = registry.build("labels", self.labels, "attack: labels")
-        return rule
-
-    @property
-    def oracles(self) -> frozenset[str]:
-        """What the label rule asks for."""
-        return self.rule.oracles
-
-    def check(self, model: nn.Module, kind: str) -> None:  # noqa: ARG002
-        """Refuse a model that the label rule cannot read."""
-        self.rule.check(model)
-
     def check_setting(self, setting: Setting) -> None:
         """Refuse clients that draw another batch every round."""
-        self.rule.check_setting(setting)
+        super().check_setting(setting)
         same_batch_every_round(setting)
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
