@@ -155,9 +155,12 @@ class BatchNormFedAvgInversion(TakesStatistics):
         published="chest X-rays, ResNet-18, batches of 1 to 8; its measure is the gain in SSIM "
         "over the prior image (RDLV), figures not at hand",
         measured="photo-tiles, convnet(stride=2, norm='batch'), 4 images of each of two clients, "
-        "one step, 600 iterations: 18.6 dB with labels='analytic' and tv=1e-2, 14.3 with the "
-        "authors' weights and labels searched, and without the statistics 18.1; "
-        "inverting-gradients 14.1, floor 15.5 (fedsim run scenarios/bn_fedavg_inversion.toml)",
+        "one step, 600 iterations: 18.6 dB with labels='analytic' and tv=1e-2, floor 15.5 (fedsim "
+        "run scenarios/bn_fedavg_inversion.toml). On the same uploads: the authors' weights and "
+        "labels searched 14.3 (fedsim attack RUN 'bn-fedavg-inversion(iterations=600)'), and "
+        "without the statistics 18.1 (fedsim attack RUN 'bn-fedavg-inversion(iterations=600, "
+        "batchnorm=0)'); inverting-gradients 14.1 (fedsim attack RUN "
+        "'inverting-gradients(iterations=600, tv=1e-2)')",
     )
     needs = frozenset(
         {Capability.UPDATES, Capability.BASICS, Capability.DETAILS, Capability.SURROGATE}

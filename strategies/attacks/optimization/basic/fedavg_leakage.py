@@ -214,10 +214,14 @@ class FedAvgLeakage(TakesLabels):
         published="FEMNIST, 50 images, 10 epochs of 10 batches of 5: over 45 % of images recovered "
         "(PSNR above 20), under 10 % by the baselines (abstract)",
         measured="photo-tiles, convnet(stride=2), 9 images of two clients, 2 epochs of mini-"
-        "batches of 2 at rate 0.02, 300 iterations: 17.8 dB (order=0: 18.4), where "
-        "inverting-gradients with simulate=True has 20.3, sme 21.3, plain inverting-gradients "
-        "17.6; floor 13.0 (fedsim run scenarios/fedavg_leakage.toml). 100 unrolled steps of 5 "
-        "images take 157 MiB (python -m pytest -m slow -s "
+        "batches of 2 at rate 0.02, 300 iterations: 17.8 dB, floor 13.0 (fedsim run "
+        "scenarios/fedavg_leakage.toml). On the same uploads: order=0 18.4 (fedsim attack RUN "
+        "'fedavg-leakage(iterations=300, order=0)'), sme 21.3 (fedsim attack RUN sme), "
+        "inverting-gradients 17.6 (fedsim attack RUN "
+        "\"inverting-gradients(iterations=300, tv=1e-2, labels='fedavg-counts')\"), simulating "
+        "20.3 (fedsim attack RUN "
+        "\"inverting-gradients(iterations=300, tv=1e-2, labels='fedavg-counts', simulate=True)\"). "
+        "100 unrolled steps of 5 images take 157 MiB (python -m pytest -m slow -s "
         "tests/strategies/passive/test_fedavg_leakage.py)",
     )
     needs = frozenset({Capability.UPDATES, Capability.BASICS, Capability.DETAILS})

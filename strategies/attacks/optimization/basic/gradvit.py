@@ -94,9 +94,11 @@ class GradViT(TakesLabels):
         "pool='mean') after 50 steps, 600 iterations, true labels: gradient only 11.7 dB, with TV "
         "and norm 15.0, patch prior 15.7, image prior 15.2; inverting-gradients 15.7, mean image "
         "12.3 (FEDSIM_TEST_DATA=... python -m pytest -m slow -s "
-        "tests/strategies/passive/test_gradvit.py). Photo tiles, untrained: "
-        "scenarios/gradvit.toml 21.1 dB (22.5 without the image prior), inverting-gradients 22.8, "
-        "floor 15.3",
+        "tests/strategies/passive/test_gradvit.py). Photo tiles, untrained: 21.1 dB, floor 15.3 "
+        "(fedsim run scenarios/gradvit.toml); on the same uploads 22.5 without the image prior "
+        "(fedsim attack RUN 'gradvit(iterations=800, tv=2.0, patch=0.2, image=0)'), "
+        "inverting-gradients 22.8 (fedsim attack RUN 'inverting-gradients(iterations=800, "
+        "tv=1e-2)')",
     )
     needs: ClassVar = frozenset({Capability.UPDATES, Capability.BASICS, Capability.SURROGATE})
     unit: ClassVar = "iterations"

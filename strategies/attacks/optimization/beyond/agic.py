@@ -70,9 +70,12 @@ class ApproximateGradientInversion(TakesLabels):
         published="PSNR up to 50 % higher than two baselines on CIFAR-10, CIFAR-100 and ImageNet; "
         "5 times faster than the attack that simulates 8 local steps (abstract)",
         measured="photo-tiles, convnet(stride=2), 4 images of each of two clients, 2 rounds of 3 "
-        "epochs of mini-batches of 2 at rate 0.005, 300 iterations: 23.4 dB (last=1: 23.1), where "
-        "inverting-gradients has 23.3 and sme 24.8, the better of both rounds' candidates; floor "
-        "15.5 (fedsim run scenarios/agic.toml)",
+        "epochs of mini-batches of 2 at rate 0.005, 300 iterations: 23.4 dB, floor 15.5 (fedsim "
+        "run scenarios/agic.toml). On the same uploads: last=1 23.1 (fedsim attack RUN "
+        "'agic(iterations=300, last=1.0)'); of both rounds' candidates the better, "
+        "inverting-gradients 23.3 (fedsim attack RUN "
+        "\"inverting-gradients(iterations=300, tv=1e-2, labels='fedavg-counts')\") and sme 24.8 "
+        "(fedsim attack RUN 'sme(iterations=300)')",
     )
     needs = frozenset({Capability.UPDATES, Capability.BASICS})
     unit = "iterations"

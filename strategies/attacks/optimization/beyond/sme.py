@@ -181,10 +181,11 @@ class SurrogateModelExtension(TakesLabels):
         "PSNR are not at hand. Re-measured, 50 CIFAR images, mini-batches of 10, 20 epochs at rate "
         "0.004: cosine distance 0.146 / 0.032 / 0.073 at a = 0 / 0.5 / 1",
         measured="photo-tiles, convnet(stride=2), 9 images a client, 10 epochs of mini-batches of "
-        "3 at rate 0.01: 19.7 dB, 44 % leaked, a at 0.48 and 0.49; inverting-gradients on the same "
-        "uploads 10.6 dB, 0 %; floor 13.1 dB (fedsim run scenarios/sme.toml). The same distances "
-        "on CIFAR-10: 0.064 / 0.005 / 0.043 (FEDSIM_TEST_DATA=... python -m pytest -m slow -s "
-        "tests/strategies/passive/test_sme.py)",
+        "3 at rate 0.01: 19.7 dB, 44 % leaked, a at 0.48 and 0.49; floor 13.1 dB (fedsim run "
+        "scenarios/sme.toml). inverting-gradients on the same uploads 10.6 dB, 0 % (fedsim attack "
+        "RUN \"inverting-gradients(iterations=1000, tv=1e-2, labels='fedavg-counts')\"). The same "
+        "distances on CIFAR-10: 0.064 / 0.005 / 0.043 (FEDSIM_TEST_DATA=... python -m pytest -m "
+        "slow -s tests/strategies/passive/test_sme.py)",
     )
     needs = frozenset({Capability.UPDATES, Capability.BASICS})
     unit = "iterations"
