@@ -88,7 +88,7 @@ class SeeThroughGradients(TakesStatistics):
         "BatchNorm running / proxy / exact 14.0 / 12.7 / 14.6, group 14.8 / 14.0 / 15.9, lazy and "
         "registered alike; inverting-gradients 15.8 (FEDSIM_TEST_DATA=... python -m pytest -m slow "
         "-s tests/strategies/passive/test_see_through_gradients.py). Photo tiles, clients in train "
-        "mode: 15.3 dB, floor 13.6 (fedsim run scenarios/see_through_gradients.toml), "
+        "mode: 15.2 dB, floor 13.6 (fedsim run scenarios/see_through_gradients.toml), "
         "inverting-gradients 13.0 (fedsim attack RUN 'inverting-gradients(iterations=300, "
         "tv=1e-2)', on the same uploads); with exact statistics and true labels 16.7 (fedsim run "
         "scenarios/see_through_gradients_oracle.toml)",
