@@ -15,6 +15,7 @@ from fedsim.errors import ScenarioError
 from fedsim.parts import Parts, check
 from fedsim.registry import nearest
 from fedsim.run_folder import RunFolder, interruptible, plainly
+from fedsim.scenario import change
 from fedsim.threat import THREAT_MODELS, Capability, least_model
 
 _CAPTURE = ("views", "vault", "federation.json")
@@ -40,7 +41,7 @@ def attack_again(
         If the attack asks for what its threat model does not grant.
     """
     with plainly(run):
-        _check_changes(changes)
+        _check_changes(changes, expression)
         if (run.path / "views").is_symlink():
             remedy = "this is an attack on a run's capture; name the run's folder itself"
             raise ScenarioError("run", str(run.path), remedy)
@@ -60,8 +61,15 @@ def attack_again(
     return into
 
 
-def _check_changes(changes: Mapping[str, Any]) -> None:
+def _check_changes(changes: Mapping[str, Any], expression: str) -> None:
     for key, value in changes.items():
+        if key == "attack":
+            remedy = f"the attack is the one named after the run, {expression!r}; leave this out"
+            raise ScenarioError(key, value, remedy)
+        if key.startswith("attack."):
+            written = change({"attack": expression}, key, value)["attack"]
+            remedy = f"an attack's parameters stand in its expression here; write {written!r}"
+            raise ScenarioError(key, value, remedy)
         if key not in _OPEN:
             remedy = f"the capture is fixed, run it anew for this; {nearest(key, list(_OPEN))}"
             raise ScenarioError(key, value, remedy)

@@ -167,7 +167,7 @@ class Scenario(_Table):
         changes = _flatten(overrides or {})
         # Whole expressions first: an argument is one of the expression that is left in the end.
         for key in sorted(changes, key=lambda key: _table_of(key) is not None):
-            flat.update(_inside(flat, key, changes[key]))
+            flat.update(change(flat, key, changes[key]))
         return cls.from_flat(flat)
 
     @classmethod
@@ -218,7 +218,7 @@ def _flatten(content: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _inside(flat: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+def change(flat: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     """Return the change that ``key=value`` makes; ``attack.iterations`` is an argument's key."""
     if (table := _table_of(key)) is None:
         return {key: value}

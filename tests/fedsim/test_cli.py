@@ -255,6 +255,20 @@ def test_what_the_capture_was_made_with_is_fixed(
     refused(fedsim("attack", run(), ONE_LAYER, change), "the capture is fixed")
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("attack.layer=0", ["attack.layer = 0", "write 'linear-inversion(layer=0)'"]),
+        ("attack.steps=5", ["write \"linear-inversion(layer='1', steps=5)\""]),
+        ("attack=dlg", ["attack = 'dlg'", ONE_LAYER, "leave this out"]),
+    ],
+)
+def test_parameters_of_another_attack_belong_in_its_expression(
+    change: str, says: list[str], run: Callable[..., Path], fedsim: Fedsim
+) -> None:
+    refused(fedsim("attack", run(), ONE_LAYER, change), *says)
+
+
 def test_no_attack_is_no_attack(run: Callable[..., Path], fedsim: Fedsim) -> None:
     folder = run()
     refused(fedsim("attack", folder, "none"), "attack = 'none'", "name an attack")

@@ -25,14 +25,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, pad
 
-from fedsim import registry
-from fedsim.attack import Attack, Paper, Reconstruction, Setting, ToyCase
+from fedsim.attack import Paper, Reconstruction, ToyCase
 from fedsim.data import Split
 from fedsim.registry import register
 from fedsim.seeds import seeded_globals
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
-from strategies.attacks.labels.rule import LabelRule
+from strategies.attacks.labels.attack import TakesLabels
 from strategies.attacks.optimization.engine import Recipe, invert
 from strategies.attacks.optimization.groups import Group
 from strategies.attacks.optimization.objectives import Cosine
@@ -46,7 +45,7 @@ BATCH, RATE, HELD_OUT = 64, 1e-3, 10
 
 @register("attack", "gi-pip")
 @dataclass(frozen=True, kw_only=True)
-class GIPIP(Attack):
+class GIPIP(TakesLabels):
     """Threat model D.  Cost: ``iterations * restarts`` evaluations a view, and the auto-encoder.
 
     Parameters
@@ -103,29 +102,6 @@ class GIPIP(Attack):
     lr: Annotated[float, Field(gt=0)] = 0.1
     signed: bool = True
     labels: str = "analytic"
-
-    def __post_init__(self) -> None:
-        """Refuse a label rule that does not exist (``ScenarioError``)."""
-        _ = self.rule
-
-    @property
-    def rule(self) -> LabelRule:
-        """The label rule."""
-        rule: LabelRule = registry.build("labels", self.labels, "attack: labels")
-        return rule
-
-    @property
-    def oracles(self) -> frozenset[str]:
-        """What the label rule asks for."""
-        return self.rule.oracles
-
-    def check(self, model: nn.Module, kind: str) -> None:  # noqa: ARG002
-        """Refuse a model that the label rule cannot read."""
-        self.rule.check(model)
-
-    def check_setting(self, setting: Setting) -> None:
-        """Refuse batches too large for the label rule."""
-        self.rule.check_setting(setting)
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Return as many images for each view as it has examples."""

@@ -36,13 +36,13 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, l1_loss
 
-from fedsim import registry
-from fedsim.attack import Attack, Cost, Paper, Reconstruction, Setting, ToyCase
+from fedsim.attack import Cost, Paper, Reconstruction, Setting, ToyCase
 from fedsim.data import DataSpec
 from fedsim.registry import register
 from fedsim.seeds import seeded_globals
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
+from strategies.attacks.labels.attack import TakesLabels
 from strategies.attacks.labels.rule import LabelRule
 from strategies.attacks.optimization.augmented.denoiser import Denoiser
 from strategies.attacks.optimization.engine import Recipe, invert
@@ -97,7 +97,7 @@ class LowResolution(Pixels):
 
 @register("attack", "rog")
 @dataclass(frozen=True, kw_only=True)
-class ROG(Attack):
+class ROG(TakesLabels):
     """Threat model D, for gradients and for weights after local training.
 
     Cost: ``iterations * restarts`` evaluations for each view and, with ``restore``, ``iterations *
@@ -170,22 +170,7 @@ class ROG(Attack):
     noise: Annotated[float, Field(ge=0)] = 0.0
     labels: str = "fedavg-counts"
 
-    def __post_init__(self) -> None:
-        """Refuse a label rule that does not exist (``ScenarioError``)."""
-        _ = self.rule
-
-    @property
-    def rule(self) -> LabelRule:
-        """The label rule."""
-        rule: LabelRule = registry.build("labels", self.labels, "attack: labels")
-        return rule
-
-    @property
-    def oracles(self) -> frozenset[str]:
-        """What the label rule asks for."""
-        return self.rule.oracles
-
-    def check(self, model: nn.Module, kind: str) -> None:  # noqa: ARG002
+    def check(self, model: nn.Module, kind: str) -> None:
         """Refuse a factor that does not fit, and a model that the label rule cannot read."""
         spec: DataSpec = model.spec  # type: ignore[assignment]
         _, height, width = spec.shape
@@ -194,26 +179,27 @@ class ROG(Attack):
                 f"images of {height} x {width} are not {self.factor} times as large as anything; "
                 "use a factor that divides both sides"
             )
-        self.rule.check(model)
+        super().check(model, kind)
 
     def check_setting(self, setting: Setting) -> None:
         """Refuse batches too large for the label rule, and sums of clients' local training."""
-        self.rule.check_setting(setting)
+        super().check_setting(setting)
         if setting.training.kind == "weights":
             one_client_each(setting)
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Return as many images for each view as it has examples."""
-        counts = [knowledge.num_examples(view) for view in views]
+        counts, rule = [knowledge.num_examples(view) for view in views], self.rule
+        assert rule is not None  # ROG searches no labels
         if not self.restore:
-            return invert(views, knowledge, self._recipe(knowledge, self.rule))
+            return invert(views, knowledge, self._recipe(knowledge, rule))
         jobs = [part for same in by_model(views, knowledge, []) for part in same.split(counts)]
         made: list[Rehearsal] = []
         for number, job in enumerate(jobs):
             made += self._rehearsals(job, number, counts[job.indices[0]], knowledge)
         sizes = dict(zip((view.label for view in views), counts, strict=True))
         sizes |= {one.view.label: len(one.images) for one in made}
-        rule = OwnLabels(self.rule, {one.view.label: one.labels for one in made})
+        rule = OwnLabels(rule, {one.view.label: one.labels for one in made})
         # All in one search, so that one checkpoint holds all of it.
         everything, known = [*views, *(one.view for one in made)], knowledge.about(sizes)
         found = invert(everything, known, self._recipe(known, rule))

@@ -21,13 +21,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedsim import registry
-from fedsim.attack import Attack, Paper, Reconstruction, Setting, ToyCase
+from fedsim.attack import Paper, Reconstruction, ToyCase
 from fedsim.data import Split
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
-from strategies.attacks.labels.rule import LabelRule
+from strategies.attacks.labels.attack import TakesLabels
 from strategies.attacks.optimization.activations import ActivationPrior
 from strategies.attacks.optimization.engine import Recipe, invert
 from strategies.attacks.optimization.groups import Group
@@ -40,7 +39,7 @@ from strategies.attacks.optimization.schedules import ig_steps
 
 @register("attack", "adversarial-prior")
 @dataclass(frozen=True, kw_only=True)
-class AdversarialPrior(Attack):
+class AdversarialPrior(TakesLabels):
     """Threat model D.  Cost: ``iterations * restarts`` gradient evaluations for each view.
 
     Parameters
@@ -98,29 +97,10 @@ class AdversarialPrior(Attack):
     lr: Annotated[float, Field(gt=0)] = 0.1
     labels: str = "analytic"
 
-    def __post_init__(self) -> None:
-        """Refuse a label rule that does not exist (``ScenarioError``)."""
-        _ = self.rule
-
-    @property
-    def rule(self) -> LabelRule:
-        """The label rule."""
-        rule: LabelRule = registry.build("labels", self.labels, "attack: labels")
-        return rule
-
-    @property
-    def oracles(self) -> frozenset[str]:
-        """What the label rule asks for."""
-        return self.rule.oracles
-
-    def check(self, model: nn.Module, kind: str) -> None:  # noqa: ARG002
+    def check(self, model: nn.Module, kind: str) -> None:
         """Refuse a model that the label rule cannot read, or with fewer than three convolutions."""
-        self.rule.check(model)
+        super().check(model, kind)
         early(model)
-
-    def check_setting(self, setting: Setting) -> None:
-        """Refuse batches too large for the label rule."""
-        self.rule.check_setting(setting)
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Return as many images for each view as it has examples."""

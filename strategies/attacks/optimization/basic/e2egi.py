@@ -21,14 +21,12 @@ from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedsim import registry
-from fedsim.attack import Attack, Paper, Reconstruction, Setting, ToyCase
+from fedsim.attack import Paper, Reconstruction, ToyCase
 from fedsim.registry import register
 from fedsim.threat import THREAT_MODELS, Knowledge
 from fedsim.view import ServerView
-from strategies.attacks.labels.rule import LabelRule
 from strategies.attacks.optimization.activations import BatchNormDistance
 from strategies.attacks.optimization.engine import Recipe, matching
 from strategies.attacks.optimization.groups import Group, grouped
@@ -39,7 +37,7 @@ from strategies.attacks.optimization.parametrizations import NormalizedPixels
 from strategies.attacks.optimization.priors import Differentiated, TotalVariation
 from strategies.attacks.optimization.schedules import cosine
 from strategies.attacks.optimization.tally import Findings, Tally
-from strategies.attacks.statistics.source import StatisticsSource
+from strategies.attacks.statistics.attack import TakesStatistics
 
 Weight = Annotated[float, Field(ge=0)]
 ALONE, TRADING, ONE = 0.3, 0.3, 0.4  # shares of the iterations
@@ -49,7 +47,7 @@ LOWEST = 1e-3  # where the rate ends
 
 @register("attack", "e2egi")
 @dataclass(frozen=True, kw_only=True)
-class E2EGI(Attack):
+class E2EGI(TakesStatistics):
     """Threat model E.  Cost: ``iterations * (0.6 seeds + 0.4)`` evaluations a view, and the trades.
 
     A trade before each block costs ``seeds`` evaluations for each image, and as many again.
@@ -115,41 +113,6 @@ class E2EGI(Attack):
     noise: Weight = 0.2
     statistics: str = "running"
     labels: str = "e2egi"
-
-    def __post_init__(self) -> None:
-        """Refuse a label rule or statistics that do not exist (``ScenarioError``)."""
-        _ = self.rule, self.source
-
-    @property
-    def rule(self) -> LabelRule:
-        """The label rule."""
-        rule: LabelRule = registry.build("labels", self.labels, "attack: labels")
-        return rule
-
-    @property
-    def source(self) -> StatisticsSource:
-        """Where the statistics are from."""
-        source: StatisticsSource = registry.build(
-            "statistics", self.statistics, "attack: statistics"
-        )
-        return source
-
-    @property
-    def oracles(self) -> frozenset[str]:
-        """What the label rule and the statistics ask for."""
-        return self.rule.oracles | (self.source.oracles if self.batchnorm else frozenset())
-
-    def check(self, model: nn.Module, kind: str) -> None:  # noqa: ARG002
-        """Refuse a model that the label rule cannot read, or without statistics to match."""
-        self.rule.check(model)
-        if self.batchnorm:
-            self.source.check(model)
-
-    def check_setting(self, setting: Setting) -> None:
-        """Refuse batches too large for the label rule, and statistics that say nothing."""
-        self.rule.check_setting(setting)
-        if self.batchnorm:
-            self.source.check_setting(setting)
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Return as many images for each view as it has examples."""

@@ -24,14 +24,12 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedsim import registry
-from fedsim.attack import Attack, Paper, Reconstruction, Setting, ToyCase
+from fedsim.attack import Paper, Reconstruction, ToyCase
 from fedsim.registry import register
 from fedsim.threat import THREAT_MODELS, Knowledge
 from fedsim.view import ServerView
-from strategies.attacks.labels.rule import LabelRule
 from strategies.attacks.optimization.activations import ActivationPrior, BatchNormDistance
 from strategies.attacks.optimization.engine import Recipe, invert
 from strategies.attacks.optimization.groups import Group
@@ -40,7 +38,7 @@ from strategies.attacks.optimization.optimizers import Adam
 from strategies.attacks.optimization.parametrizations import NormalizedPixels
 from strategies.attacks.optimization.priors import Norm, Prior, Scheduled, TotalVariation
 from strategies.attacks.optimization.schedules import ig_steps
-from strategies.attacks.statistics.source import StatisticsSource
+from strategies.attacks.statistics.attack import TakesStatistics
 
 Weight = Annotated[float, Field(ge=0)]
 SMOOTH, NORMED, SMALL = 3_000 / 15_000, 5_000 / 15_000, 0.9  # where the priors begin
@@ -50,7 +48,7 @@ BOLD = 100 / 15_000  # steps are doubled until here
 
 @register("attack", "hf-gradinv")
 @dataclass(frozen=True, kw_only=True)
-class HFGradInv(Attack):
+class HFGradInv(TakesStatistics):
     """Threat model E.  Cost: ``iterations`` gradient evaluations for each view.
 
     Parameters
@@ -115,40 +113,9 @@ class HFGradInv(Attack):
 
     def __post_init__(self) -> None:
         """Refuse sources that do not exist, and a window that closes (``ScenarioError``)."""
-        _ = self.rule, self.source
+        super().__post_init__()
         if self.last > self.first:
             raise ValueError(f"last = {self.last} leaves out more than first = {self.first}")
-
-    @property
-    def rule(self) -> LabelRule:
-        """The label rule."""
-        rule: LabelRule = registry.build("labels", self.labels, "attack: labels")
-        return rule
-
-    @property
-    def source(self) -> StatisticsSource:
-        """Where the statistics are from."""
-        source: StatisticsSource = registry.build(
-            "statistics", self.statistics, "attack: statistics"
-        )
-        return source
-
-    @property
-    def oracles(self) -> frozenset[str]:
-        """What the label rule and the statistics ask for."""
-        return self.rule.oracles | (self.source.oracles if self.batchnorm else frozenset())
-
-    def check(self, model: nn.Module, kind: str) -> None:  # noqa: ARG002
-        """Refuse a model that the label rule cannot read, or without statistics to match."""
-        self.rule.check(model)
-        if self.batchnorm:
-            self.source.check(model)
-
-    def check_setting(self, setting: Setting) -> None:
-        """Refuse statistics that say nothing, and batches too large for the label rule."""
-        self.rule.check_setting(setting)
-        if self.batchnorm:
-            self.source.check_setting(setting)
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Return as many images for each view as it has examples."""

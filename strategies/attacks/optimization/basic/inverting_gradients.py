@@ -20,12 +20,11 @@ from typing import Annotated
 from pydantic import Field
 from torch import nn
 
-from fedsim import registry
-from fedsim.attack import Attack, Paper, Reconstruction, Setting, ToyCase
+from fedsim.attack import Paper, Reconstruction, Setting, ToyCase
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
-from strategies.attacks.labels.rule import LabelRule
+from strategies.attacks.labels.attack import TakesLabels
 from strategies.attacks.optimization.engine import Recipe, invert, one_gradient
 from strategies.attacks.optimization.gradients import Operator
 from strategies.attacks.optimization.groups import Group
@@ -39,7 +38,7 @@ from strategies.attacks.optimization.schedules import ig_steps
 
 @register("attack", "inverting-gradients")
 @dataclass(frozen=True, kw_only=True)
-class InvertingGradients(Attack):
+class InvertingGradients(TakesLabels):
     """Threat model B.  Cost: ``iterations * restarts`` gradient evaluations for each view.
 
     ``simulate`` needs C, and costs as many evaluations an iteration as there are local steps, and
@@ -112,21 +111,6 @@ class InvertingGradients(Attack):
     labels: str = "analytic"
     simulate: bool = False
 
-    def __post_init__(self) -> None:
-        """Refuse a label rule that does not exist (``ScenarioError``)."""
-        _ = self.rule
-
-    @property
-    def rule(self) -> LabelRule:
-        """The label rule."""
-        rule: LabelRule = registry.build("labels", self.labels, "attack: labels")
-        return rule
-
-    @property
-    def oracles(self) -> frozenset[str]:
-        """What the label rule asks for."""
-        return self.rule.oracles
-
     @property
     def required(self) -> frozenset[Capability]:
         """With ``simulate`` also how clients train."""
@@ -139,11 +123,11 @@ class InvertingGradients(Attack):
                 "a gradient is one step, there is no local training to simulate; leave "
                 'simulate=False, or use federation.local = "fedavg(...)"'
             )
-        self.rule.check(model)
+        super().check(model, kind)
 
     def check_setting(self, setting: Setting) -> None:
         """Refuse batches too large for the label rule, and to simulate a sum of clients."""
-        self.rule.check_setting(setting)
+        super().check_setting(setting)
         if self.simulate:
             one_client_each(setting)
 

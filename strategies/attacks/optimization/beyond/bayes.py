@@ -24,12 +24,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedsim import registry
-from fedsim.attack import Attack, Paper, Reconstruction, Setting, ToyCase
+from fedsim.attack import Paper, Reconstruction, ToyCase
 from fedsim.errors import ScenarioError
 from fedsim.registry import Expression, register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
-from strategies.attacks.labels.rule import LabelRule
+from strategies.attacks.labels.attack import TakesLabels
 from strategies.attacks.optimization.engine import Recipe, invert
 from strategies.attacks.optimization.objectives import (
     AbsoluteDistance,
@@ -49,7 +49,7 @@ ORDER = {"clip": "norm", "gaussian": "std", "laplace": "scale", "prune": None}
 
 @register("attack", "bayes")
 @dataclass(frozen=True, kw_only=True)
-class Bayes(Attack):
+class Bayes(TakesLabels):
     """Threat model C: how clients train, and so how they defend themselves, is known.
 
     Cost: ``iterations * restarts`` gradient evaluations for each view.
@@ -115,23 +115,13 @@ class Bayes(Attack):
 
     def __post_init__(self) -> None:
         """Refuse a label rule that does not exist and a defense without a likelihood here."""
-        _ = self.rule, self.likelihood
-
-    @property
-    def rule(self) -> LabelRule:
-        """The label rule."""
-        rule: LabelRule = registry.build("labels", self.labels, "attack: labels")
-        return rule
+        super().__post_init__()
+        _ = self.likelihood
 
     @property
     def likelihood(self) -> "Likelihood":
         """What the defense makes of a gradient."""
         return Likelihood.of(self.defense)
-
-    @property
-    def oracles(self) -> frozenset[str]:
-        """What the label rule asks for."""
-        return self.rule.oracles
 
     def check(self, model: nn.Module, kind: str) -> None:
         """Refuse weights, and a model that the label rule cannot read."""
@@ -140,11 +130,7 @@ class Bayes(Attack):
                 "bayes knows what a defense does to one gradient, not to weights after local "
                 "training; use federation.local = 'fedsgd(...)', or inverting-gradients"
             )
-        self.rule.check(model)
-
-    def check_setting(self, setting: Setting) -> None:
-        """Refuse batches too large for the label rule."""
-        self.rule.check_setting(setting)
+        super().check(model, kind)
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Return as many images for each view as it has examples."""

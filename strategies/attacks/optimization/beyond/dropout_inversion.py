@@ -27,13 +27,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
-from fedsim import registry
-from fedsim.attack import Attack, Paper, Reconstruction, Setting, ToyCase
+from fedsim.attack import Paper, Reconstruction, Setting, ToyCase
 from fedsim.data import DataSpec
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
-from strategies.attacks.labels.rule import LabelRule
+from strategies.attacks.labels.attack import TakesLabels
 from strategies.attacks.optimization.activations import ActivationPrior
 from strategies.attacks.optimization.engine import Recipe, invert
 from strategies.attacks.optimization.gradients import Operator, freeze
@@ -46,7 +45,7 @@ from strategies.attacks.optimization.schedules import ig_steps
 
 @register("attack", "dropout-inversion")
 @dataclass(frozen=True, kw_only=True)
-class DropoutInversion(Attack):
+class DropoutInversion(TakesLabels):
     """Threat model B.  Cost: ``iterations * restarts`` gradient evaluations for each view.
 
     Parameters
@@ -100,24 +99,9 @@ class DropoutInversion(Attack):
     lr: Annotated[float, Field(gt=0)] = 0.1
     labels: str = "analytic"
 
-    def __post_init__(self) -> None:
-        """Refuse a label rule that does not exist (``ScenarioError``)."""
-        _ = self.rule
-
-    @property
-    def rule(self) -> LabelRule:
-        """The label rule."""
-        rule: LabelRule = registry.build("labels", self.labels, "attack: labels")
-        return rule
-
-    @property
-    def oracles(self) -> frozenset[str]:
-        """What the label rule asks for."""
-        return self.rule.oracles
-
-    def check(self, model: nn.Module, kind: str) -> None:  # noqa: ARG002
+    def check(self, model: nn.Module, kind: str) -> None:
         """Refuse a model without dropout, and one that the label rule cannot read."""
-        self.rule.check(model)
+        super().check(model, kind)
         if not masked(model):
             raise ValueError(
                 "the model has no dropout whose masks could be searched; use inverting-gradients, "
@@ -126,7 +110,7 @@ class DropoutInversion(Attack):
 
     def check_setting(self, setting: Setting) -> None:
         """Refuse clients that train with dropout off."""
-        self.rule.check_setting(setting)
+        super().check_setting(setting)
         if setting.batchnorm == "frozen":
             raise ValueError(
                 "clients train in eval mode, with dropout off: set model.batchnorm = 'private', "

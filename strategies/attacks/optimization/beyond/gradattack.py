@@ -19,11 +19,11 @@ from pydantic import Field
 from torch import nn
 
 from fedsim import registry
-from fedsim.attack import Attack, Paper, Reconstruction, Setting, ToyCase
+from fedsim.attack import Paper, Reconstruction, Setting, ToyCase
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
-from strategies.attacks.labels.rule import LabelRule
+from strategies.attacks.labels.attack import TakesLabels
 from strategies.attacks.optimization.activations import ActivationPrior, BatchNormDistance
 from strategies.attacks.optimization.engine import Recipe, invert
 from strategies.attacks.optimization.groups import Group
@@ -38,12 +38,12 @@ from strategies.attacks.optimization.priors import TotalVariation
 from strategies.attacks.optimization.schedules import ig_steps
 from strategies.attacks.statistics.source import StatisticsSource
 
-JOINT, NONE = "joint", "none"
+NONE = "none"
 
 
 @register("attack", "gradattack")
 @dataclass(frozen=True, kw_only=True)
-class GradAttack(Attack):
+class GradAttack(TakesLabels):
     """Threat model B, and whatever more its sources ask for.  Cost: one evaluation an iteration.
 
     Parameters
@@ -79,6 +79,7 @@ class GradAttack(Attack):
     )
     needs = frozenset({Capability.UPDATES, Capability.BASICS})
     unit = "iterations"
+    searched = "joint"
     toy = ToyCase(
         scenario={
             "threat-model": "B",
@@ -102,15 +103,8 @@ class GradAttack(Attack):
 
     def __post_init__(self) -> None:
         """Refuse sources that do not exist (``ScenarioError``)."""
-        _ = self.rule, self.source
-
-    @property
-    def rule(self) -> LabelRule | None:
-        """The label rule, or None where labels are searched."""
-        if self.labels == JOINT:
-            return None
-        rule: LabelRule = registry.build("labels", self.labels, "attack: labels")
-        return rule
+        super().__post_init__()
+        _ = self.source
 
     @property
     def source(self) -> StatisticsSource | None:
@@ -130,20 +124,19 @@ class GradAttack(Attack):
     @property
     def oracles(self) -> frozenset[str]:
         """What either source asks for."""
-        of_labels = self.rule.oracles if self.rule else frozenset()
-        return of_labels | (self.source.oracles if self.source else frozenset())
+        return super().oracles | (self.source.oracles if self.source else frozenset())
 
-    def check(self, model: nn.Module, kind: str) -> None:  # noqa: ARG002
+    def check(self, model: nn.Module, kind: str) -> None:
         """Refuse a model that either source cannot read."""
-        for source in (self.rule, self.source):
-            if source:
-                source.check(model)
+        super().check(model, kind)
+        if self.source:
+            self.source.check(model)
 
     def check_setting(self, setting: Setting) -> None:
         """Refuse statistics that say nothing here, and batches too large for the label rule."""
-        for source in (self.rule, self.source):
-            if source:
-                source.check_setting(setting)
+        super().check_setting(setting)
+        if self.source:
+            self.source.check_setting(setting)
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Return as many images, with labels, for each view as it has examples."""
