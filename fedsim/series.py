@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,14 @@ from fedsim import registry
 from fedsim.errors import NotGranted, RunFailed, ScenarioError
 from fedsim.files import write_atomically
 from fedsim.parts import Parts
+from fedsim.report.series_page import write_series
+from fedsim.report.tradeoff import Point
 from fedsim.scenario import Scenario, parse_override
 
 _HEAD = (
     "scenario",
     "accuracy",
+    "after",
     "leaked",
     "PSNR mean",
     "best",
@@ -31,7 +34,8 @@ def run_series(
 ) -> str:
     """Run every scenario of a folder, in the order of their names; return the table, Markdown.
 
-    The table is written beside the last run folder too.  A scenario that fails does not stop the
+    It is written beside the last run folder, and so is a page with it and a figure of accuracy
+    against leak rate.  A scenario that fails does not stop the
     others.  ``attack.NAME`` overrides pass by scenarios whose attack has no such argument.
 
     Raises
@@ -47,7 +51,8 @@ def run_series(
         raise ScenarioError("file", str(folder), "holds no scenario (*.toml)")
     given = {file: _fitting(file, overrides) for file in files}
     _check(given, overrides)
-    lines = ["| " + " | ".join(_HEAD) + " |", "|" + " --- |" * len(_HEAD)]
+    rows: list[tuple[str, list[str]]] = []
+    points: dict[str, Point] = {}
     failed: list[str] = []
     for place, (file, own) in enumerate(given.items(), start=1):
         print(f"[{place}/{len(files)}] {file}", flush=True)
@@ -56,12 +61,15 @@ def run_series(
         except (ScenarioError, RunFailed, NotGranted) as error:
             print(f"fedsim: {error}", file=sys.stderr, flush=True)
             failed.append(file.name)
-            lines.append(f"| {file.stem} | failed: {str(error).splitlines()[0]} |")
+            rows.append(("", [file.stem, f"failed: {str(error).splitlines()[0]}"]))
             continue
-        lines.append(_row(file.stem, json.loads((page.parent / "report.json").read_text())))
-        table = page.parents[1] / f"{folder.absolute().name}.md"
-        write_atomically(table, "\n".join(lines) + "\n")
-    told = "\n".join(lines)
+        report = json.loads((page.parent / "report.json").read_text())
+        rows.append((str(page.relative_to(page.parents[1])), _row(file.stem, report)))
+        points |= _point(file.stem, report)
+        beside = page.parents[1] / f"{folder.absolute().name}.md"
+        write_atomically(beside, _table(rows) + "\n")
+        write_series(beside.with_suffix(".html"), _HEAD, rows, points)
+    told = _table(rows)
     if failed:
         raise RunFailed(f"{', '.join(failed)} failed; the others:\n{told}")
     return told
@@ -92,16 +100,20 @@ def _check(given: Mapping[Path, list[str]], overrides: list[str]) -> None:
         _ = Parts(Scenario.load(file, changes)).attack
 
 
-def _row(name: str, report: dict[str, Any]) -> str:
+def _table(rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    lines = ["| " + " | ".join(_HEAD) + " |", "|" + " --- |" * len(_HEAD)]
+    return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for _, cells in rows)])
+
+
+def _row(name: str, report: dict[str, Any]) -> list[str]:
     accuracy = report["federation"]["accuracy"]
+    cells = [name, _number(accuracy["before"]), _number(accuracy["after"])]
     leak = report.get("leak")
     if not leak:
-        told = f"{_number(accuracy['before'])} to {_number(accuracy['after'])}"
-        return f"| {name} | {told} |" + " |" * (len(_HEAD) - 2)
+        return cells + [""] * (len(_HEAD) - len(cells))
     lpips, floor = leak["lpips"], leak["floor"]
-    cells = [
-        name,
-        _number(accuracy["before"]),
+    return [
+        *cells,
         f"{leak['leaked']} of {leak['private_examples']}",
         f"{leak['psnr']['mean']:.1f}",
         f"{leak['psnr']['max']:.1f}",
@@ -111,7 +123,12 @@ def _row(name: str, report: dict[str, Any]) -> str:
         f"{floor['psnr']['mean']:.1f}" if floor else "",
         f"{report['attack']['seconds']:.0f}",
     ]
-    return "| " + " | ".join(cells) + " |"
+
+
+def _point(name: str, report: dict[str, Any]) -> dict[str, Point]:
+    """Return a run's point of the figure, where it has one."""
+    after, leak = report["federation"]["accuracy"]["after"], report.get("leak")
+    return {} if after is None or not leak else {name: (leak["leak_rate"], after, "")}
 
 
 def _number(value: float | None) -> str:

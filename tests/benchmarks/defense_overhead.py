@@ -27,8 +27,8 @@ SETTING: dict[str, Any] = {
 }
 HEAD = """# What a defended round costs
 
-Photo tiles, `convnet(stride=2)`, 4 clients, one local epoch in batches of 32, one thread: seconds of
-the fastest round after the first, as a ratio to undefended rounds before and after it, and bytes
+Photo tiles, `convnet(stride=2)`, 4 clients, one local epoch in batches of 32, one thread: seconds
+of the fastest round after the first, as a ratio to undefended rounds before and after it, and bytes
 sent up, as a ratio too.
 
 One command: `{command}`.

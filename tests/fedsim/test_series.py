@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from fedsim.errors import RunFailed, ScenarioError
 from fedsim.parts import Parts, check
+from fedsim.report.series_page import write_series
 from fedsim.scenario import Scenario
 from fedsim.series import run_series
 from tests.fedsim.small import federated, latest, scenario
@@ -105,9 +106,22 @@ def test_one_that_fails_leaves_the_others_standing(tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match=r"b\.toml failed") as error:
         run_series(folder, run_one, [])
     assert ran == ["a", "b", "c"]
-    assert "| c | 0.10 to 0.20 |" in str(error.value)
+    assert "| c | 0.10 | 0.20 |" in str(error.value)
+    page = (tmp_path / "runs" / "series.html").read_text()
+    assert '<a href="c/report.html">c</a>' in page
+    assert "failed: no round had a usable reply" in page
+    assert not (tmp_path / "runs" / "series.png").exists()  # nobody was attacked
     with pytest.raises(ScenarioError, match="holds no scenario"):
         run_series(tmp_path / "runs", run_one, [])
+
+
+def test_a_series_shows_accuracy_against_leak_rate(tmp_path: Path) -> None:
+    head, page = ["scenario", "after"], tmp_path / "some.html"
+    rows = [("a/report.html", ["a", "0.90"]), ("b/report.html", ["b <b>", "0.70"])]
+    write_series(page, head, rows, {"a": (1.0, 0.9, ""), "b <b>": (0.25, 0.7, "")})
+    assert (tmp_path / "some.png").read_bytes().startswith(b"\x89PNG")
+    assert "data:image/png;base64," in page.read_text()
+    assert "b &lt;b&gt;" in page.read_text()
 
 
 def test_one_argument_of_an_expression_is_changed_in_place(tmp_path: Path, fedsim: Fedsim) -> None:  # noqa: F811
