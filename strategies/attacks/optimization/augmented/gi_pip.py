@@ -149,7 +149,7 @@ class GIPIP(Attack):
             ),
             objective=lambda group: Cosine(group.observed),
             priors=priors,
-            optimizer=lambda: Adam(self.lr, signed=self.signed, schedule=ig_steps),
+            optimizer=lambda _: Adam(self.lr, signed=self.signed, schedule=ig_steps),
             iterations=self.iterations,
             restarts=self.restarts,
         )

@@ -139,7 +139,7 @@ class HCGLA(Attack):
             labels=IDLG(),
             parametrization=lambda group: self._pixels(group, denoiser),
             objective=lambda group: kept_entries(group.observed),
-            optimizer=lambda: LBFGS(self.lr),
+            optimizer=lambda _: LBFGS(self.lr),
             iterations=self.iterations,
             restarts=self.restarts,
             converged=self.converged,

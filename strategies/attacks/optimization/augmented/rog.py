@@ -239,7 +239,7 @@ class ROG(Attack):
                 group.spec, group.known_labels, self.factor
             ),
             objective=lambda group: distance(group, knowledge),
-            optimizer=lambda: Adam(self.lr, signed=False, schedule=cosine(lowest=LAST_RATE)),
+            optimizer=lambda _: Adam(self.lr, signed=False, schedule=cosine(lowest=LAST_RATE)),
             iterations=self.iterations,
             restarts=self.restarts,
         )

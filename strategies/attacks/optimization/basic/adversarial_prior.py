@@ -133,7 +133,7 @@ class AdversarialPrior(Attack):
             objective=lambda group: Cosine(group.observed),
             priors=lambda group: [TotalVariation(self.tv, group.spec.std)] if self.tv else [],
             activations=lambda group: self._resemblance(group, knowledge),
-            optimizer=lambda: Adam(self.lr, signed=True, schedule=ig_steps),
+            optimizer=lambda _: Adam(self.lr, signed=True, schedule=ig_steps),
             iterations=self.iterations,
             restarts=self.restarts,
         )

@@ -190,7 +190,7 @@ class GradViT(Attack):
                 group.observed, group.sizes, [self.gradient] * len(group.sizes)
             ),
             priors=lambda group: self.priors(group, natural),
-            optimizer=lambda: Adam(self.lr, signed=False, schedule=cosine()),
+            optimizer=lambda _: Adam(self.lr, signed=False, schedule=cosine()),
             iterations=self.iterations,
             restarts=self.restarts,
             settled=SWITCH if natural else 0.0,
