@@ -169,7 +169,7 @@ class BatchNormFedAvgInversion(Attack):
     toy = ToyCase(
         scenario={
             "threat-model": "D",
-            "attack": "bn-fedavg-inversion(iterations=250, labels='analytic')",
+            "attack": "bn-fedavg-inversion(iterations=250, restarts=4, labels='analytic')",
             "data.dataset": "digits",
             "data.partition": "size(partition_sizes=[3, 3])",
             "model.name": "convnet(stride=2, norm='batch')",
