@@ -1,5 +1,6 @@
 """A scenario's components, built and checked against each other before any client trains."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -21,6 +22,7 @@ from fedsim.local import Local
 from fedsim.models import initial_model, is_buffer, load_arrays, saved_weights, travelling
 from fedsim.scenario import Scenario
 from fedsim.threat import ORACLES, THREAT_MODELS, least_model
+from fedsim.view import ServerView
 
 
 @dataclass(frozen=True)
@@ -152,16 +154,37 @@ class Parts:
                 raise ScenarioError("model.weights", weights, remedy) from error
         return model
 
+    def sent_model(self, views: Sequence[ServerView]) -> nn.Module:
+        """Return the federation's model as the senders of a capture's first view got it.
+
+        What training started from may be gone since.  Weights are as drawn anew where the server
+        saw nothing or sent another architecture.
+
+        Raises
+        ------
+        ScenarioError
+            If the first view cannot be read, or its arrays are not of its model.
+        """
+        name = self.scenario.model.name
+        model = initial_model(name, self.spec, self.scenario.seed).to(self.dtype)
+        if len(views) and (first := views[0]).model == name:
+            try:
+                load_arrays(model, first.sent)
+            except ValueError as error:
+                raise ScenarioError("views", first.label, str(error)) from error
+        return model
+
 
 @lru_cache(maxsize=4)
 def _spec(expression: str) -> DataSpec:
     return load_dataset(expression).spec
 
 
-def check(parts: Parts, *, here: bool = True) -> None:
+def check(parts: Parts, *, here: bool = True, captured: Sequence[ServerView] | None = None) -> None:
     """Refuse, before any client trains, whatever cannot run or would silently do nothing.
 
-    ``here`` says whether clients are going to run on this machine.
+    ``here`` says whether clients are going to run on this machine; ``captured`` are the views of a
+    federation that has run, whose model is checked instead of the one to start from.
 
     Raises
     ------
@@ -175,7 +198,7 @@ def check(parts: Parts, *, here: bool = True) -> None:
     _check_adversary(parts)
     _check_order(parts.defenses, scenario.defenses)
     _check_federation(parts)
-    model = parts.model()
+    model = parts.model() if captured is None else parts.sent_model(captured)
     for key, component in _fitting(parts):
         try:
             component.check(model, parts.local.kind)

@@ -17,6 +17,7 @@ from fedsim.registry import nearest
 from fedsim.run_folder import RunFolder, interruptible, plainly
 from fedsim.scenario import change
 from fedsim.threat import THREAT_MODELS, Capability, least_model
+from fedsim.view import SavedViews
 
 _CAPTURE = ("views", "vault", "federation.json")
 _OPEN = ("threat-model", "oracles", "audit.criterion")
@@ -53,7 +54,8 @@ def attack_again(
         if attack is None:
             raise ScenarioError("attack", expression, "name an attack; see fedsim list attacks")
         _check_capture(parts, run)
-        check(parts, here=False)  # no client is going to run
+        captured = SavedViews(run.path / "views")
+        check(parts, here=False, captured=captured)  # no client is going to run
         run.gather_vault()
         into = _folder(run, parts, changes, expression, command)
     with interruptible(into):

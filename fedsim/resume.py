@@ -10,6 +10,7 @@ from fedsim.isolation import parent as isolation
 from fedsim.parts import Parts, check
 from fedsim.run import write_report
 from fedsim.run_folder import RunFolder, interruptible, plainly
+from fedsim.view import SavedViews
 
 
 def resume(folder: RunFolder) -> Path:
@@ -30,7 +31,8 @@ def resume(folder: RunFolder) -> Path:
         if _reconstruction_missing(run):
             parts = Parts(folder.scenario)
             assert parts.attack is not None
-            check(parts, here=False)  # no client is going to run
+            captured = SavedViews(folder.path / "views")
+            check(parts, here=False, captured=captured)  # no client is going to run
             isolation.prepare(parts.attack)
             with plainly(folder):
                 folder.event("resumed")

@@ -1,6 +1,7 @@
 """A folder of scenarios in one command, each starting from what an earlier one trained."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fedsim import cli
+from fedsim.engines.inline import run_inline
 from fedsim.errors import RunFailed, ScenarioError
 from fedsim.parts import Parts, check
 from fedsim.report.series_page import write_series
+from fedsim.resume import resume
+from fedsim.run_folder import RunFolder
 from fedsim.scenario import Scenario
 from fedsim.series import run_series
+from fedsim.view import SavedViews
 from tests.fedsim.small import federated, latest, scenario
 from tests.fedsim.test_cli import Fedsim, fedsim, refused  # noqa: F401 - a fixture
 
@@ -60,6 +66,41 @@ def test_weights_that_do_not_fit_are_refused(
     with pytest.raises(ScenarioError, match=said) as error:
         check(Parts(wanted))
     assert error.value.key == "model.weights"
+
+
+NORMED = {
+    "data.dataset": "photo-tiles",
+    "model.name": "convnet(stride=2, width=4, norm='batch')",
+    "federation.clients": 2,
+}
+
+
+def test_a_capture_outlives_the_file_its_model_began_with(tmp_path: Path) -> None:
+    shared = {**FEDAVG, "model.batchnorm": "shared"}
+    first = federated(tmp_path / "first", {**NORMED, **shared}).folder.path
+    start = {"model.weights": str(first / "model.safetensors"), "threat-model": "E"}
+    wanted = scenario(tmp_path, {**NORMED, **start, "attack": "inverting-gradients(iterations=2)"})
+    folder = run_inline(wanted, "a test").parent
+    (first / "model.safetensors").unlink()
+    with pytest.raises(ScenarioError, match="cannot be read"):
+        check(Parts(wanted))
+    # It matches the statistics that were sent, which a network drawn anew does not have.
+    normed = "see-through-gradients(iterations=51, seeds=1)"
+    cli.attack(folder, normed)
+    assert (folder / "attacks").is_dir()
+    events = (folder / "events.jsonl").read_text().splitlines()
+    short = [line for line in events if '"reconstructed"' not in line]
+    (folder / "events.jsonl").write_text("\n".join(short) + "\n")
+    assert resume(RunFolder.open(folder)).exists()
+    at_first, sent = (Parts(wanted).sent_model(v) for v in ([], SavedViews(folder / "views")))
+    assert not torch.equal(next(at_first.parameters()), next(sent.parameters()))
+
+
+def test_a_view_whose_arrays_are_not_of_its_model_is_named(tmp_path: Path) -> None:
+    ran = federated(tmp_path, {"attack": "linear-inversion"})
+    view = ran.views[0]
+    with pytest.raises(ScenarioError, match=r"round-1-client-0.*missing or unknown"):
+        ran.parts.sent_model([replace(view, sent={})])
 
 
 def written(folder: Path, name: str, changes: dict[str, Any]) -> None:

@@ -9,8 +9,7 @@ Each restart keeps the point where what it minimizes (distance plus priors) was 
 restarts the lowest distance wins: the attack's own score, never the truth.
 """
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
@@ -31,6 +30,9 @@ from strategies.attacks.optimization.parametrizations import Parametrization
 from strategies.attacks.optimization.priors import Prior
 from strategies.attacks.optimization.tally import Findings, Tally
 
+# One restart: the label of its view, and which of the view's restarts it is.
+Job = tuple[str, int]
+
 
 def one_gradient(group: Group, layers: Sequence[str]) -> Operator:
     """Return the network's gradient, the operator of one step."""
@@ -50,7 +52,7 @@ class Recipe:
     objective : callable
         Distance to the observed updates of a group, ``group.observed``.
     optimizer : callable
-        Makes a fresh optimizer.
+        Makes a fresh one for the restarts that run together, in their order.
     iterations : int
         At most, for each restart.
     operator : callable
@@ -79,7 +81,7 @@ class Recipe:
     batch_size: Callable[[ServerView], int]
     parametrization: Callable[[Group], Parametrization]
     objective: Callable[[Group], Objective]
-    optimizer: Callable[[], Optimizer]
+    optimizer: Callable[[Sequence[Job]], Optimizer]
     iterations: int
     operator: Callable[[Group, Sequence[str]], Operator] = one_gradient
     restarts: int = 1
@@ -147,31 +149,24 @@ def solve(
     """
     blank = problems.parametrization.start(torch.Generator()).to(like)
     best = Best.start(blank.expand(len(labels), -1))
-    tried, lost, stuck = Counter[int](), Counter[int](), Counter[int]()
-    if recipe.together:
-        at_once = max(at_once // recipe.restarts, 1) * recipe.restarts
+    ends = [Ends() for _ in labels]
     for wave in range(recipe.restarts):
-        jobs = _jobs(wave, best, recipe)
-        for some in (jobs[i : i + at_once] for i in range(0, len(jobs), at_once)):
+        for batch in _batches(_jobs(wave, best, recipe), recipe, at_once):
             if tally.stopped:
                 break
-            rows = torch.tensor([target for target, _ in some], device=like.device)
-            result = _run(problems.take(rows), [(labels[t], again) for t, again in some], like,
-                          recipe, tally)  # fmt: skip
-            tried.update(rows.tolist())
-            finite = result.last.isfinite()
-            lost.update(rows[~finite].tolist())
-            stuck.update(rows[finite & (result.ended <= recipe.iterations)].tolist())
+            rows = torch.tensor([target for target, _ in batch], device=like.device)
+            jobs = [(labels[target], again) for target, again in batch]
+            result = _run(problems.take(rows), jobs, like, recipe, tally)
+            _count(ends, rows, result, recipe.iterations)
             _choose(best, rows, result)
-    for target, label in enumerate(labels):
-        counts = (tried[target], lost[target], 0 if tally.stopped else stuck[target])
-        tally.receipts.append(_receipt(label, *counts, best.distance[target].item()))
+    for label, end, distance in zip(labels, ends, best.distance.tolist(), strict=True):
+        tally.receipts.append(end.receipt(label, distance, stopped=tally.stopped))
     return best
 
 
 def _run(
     problems: Problems,
-    jobs: Sequence[tuple[str, int]],
+    jobs: Sequence[Job],
     like: Tensor,
     recipe: Recipe,
     tally: Tally,
@@ -187,7 +182,7 @@ def _run(
         batch.finished = minimize(
             problems,
             torch.stack(starts).to(like),
-            recipe.optimizer(),
+            recipe.optimizer(jobs),
             iterations=recipe.iterations,
             patience=recipe.patience,
             settled=recipe.settled,
@@ -206,6 +201,15 @@ def _jobs(wave: int, best: Best, recipe: Recipe) -> list[tuple[int, int]]:
     return [(target, again) for target in targets for again in range(recipe.restarts)]
 
 
+def _batches(
+    jobs: Sequence[tuple[int, int]], recipe: Recipe, at_once: int
+) -> Iterator[Sequence[tuple[int, int]]]:
+    """Return the jobs in batches of at most ``at_once``; restarts that see each other in one."""
+    if recipe.together:
+        at_once = max(at_once // recipe.restarts, 1) * recipe.restarts
+    return (jobs[first : first + at_once] for first in range(0, len(jobs), at_once))
+
+
 def _choose(best: Best, rows: Tensor, result: Best) -> None:
     """Let each restart that is nearer than what its target had take its place."""
     for job, target in enumerate(rows.tolist()):
@@ -213,11 +217,28 @@ def _choose(best: Best, rows: Tensor, result: Best) -> None:
             best.put(rows[job : job + 1], result.take(torch.tensor([job], device=rows.device)))
 
 
-def _receipt(label: str, tried: int, lost: int, stuck: int, distance: float) -> str:
-    """Say what became of one target's restarts."""
-    text = f"{label}: {tried} restart{'s' * (tried != 1)}"
-    if lost:
-        text += f", {lost} of them ended not finite"
-    if stuck:
-        text += f", {stuck} of them on a plateau"
-    return f"{text}; " + (f"distance {distance:.3g}" if isfinite(distance) else "nothing found")
+@dataclass
+class Ends:
+    """How many restarts of one target were tried, ended not finite, or before their time."""
+
+    tried: int = 0
+    lost: int = 0
+    stuck: int = 0
+
+    def receipt(self, label: str, distance: float, *, stopped: bool) -> str:
+        """Say what became of them; who was stopped by hand was not stuck."""
+        text = f"{label}: {self.tried} restart{'s' * (self.tried != 1)}"
+        if self.lost:
+            text += f", {self.lost} of them ended not finite"
+        if self.stuck and not stopped:
+            text += f", {self.stuck} of them on a plateau"
+        return f"{text}; " + (f"distance {distance:.3g}" if isfinite(distance) else "nothing found")
+
+
+def _count(ends: Sequence[Ends], rows: Tensor, result: Best, iterations: int) -> None:
+    """Count how one batch of restarts ended, by target."""
+    finite, early = result.last.isfinite().tolist(), (result.ended <= iterations).tolist()
+    for job, target in enumerate(rows.tolist()):
+        ends[target].tried += 1
+        ends[target].lost += not finite[job]
+        ends[target].stuck += finite[job] and early[job]

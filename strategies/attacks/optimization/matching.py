@@ -14,6 +14,7 @@ from strategies.attacks.optimization.objectives import Objective
 from strategies.attacks.optimization.optimizers import Optimizer
 from strategies.attacks.optimization.parametrizations import Candidate, Parametrization
 from strategies.attacks.optimization.priors import Prior
+from strategies.attacks.optimization.state import Stateful, inside, joined
 
 # How often the loop looks up, and how often it asks the device which problems are lost.
 LOOK_EVERY = 25
@@ -43,6 +44,12 @@ class Problems(Protocol):
 
     def take(self, rows: Tensor) -> Self:
         """Return some of the problems."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what they remember between evaluations."""
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what the same problems remembered."""
 
     @property
     def evaluations(self) -> int:
@@ -121,6 +128,19 @@ class Matching:
             [prior.take(rows) for prior in self.activations],
         )
 
+    def _remembering(self) -> dict[str, Stateful]:
+        priors = {f"prior-{place}": prior for place, prior in enumerate(self.priors)}
+        return {"objective": self.objective, **priors}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what the objective and the priors remember."""
+        return joined({name: part.state() for name, part in self._remembering().items()})
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Let the objective and the priors go on."""
+        for name, part in self._remembering().items():
+            part.restore(inside(state, name))
+
 
 @dataclass
 class Best:
@@ -191,10 +211,12 @@ class Best:
 class Run:
     """How far the loop is: which problems go on, where they are, and the best of all.
 
-    ``rows`` ``[R]`` are the places of ``variables`` ``[R, n]`` and ``part`` among all problems;
-    ``mark`` ``[R]`` is the cost at the last look at who is stuck.
+    ``rows`` ``[R]`` are the places of ``problems``, ``variables`` ``[R, n]`` and ``part`` among all
+    problems; ``mark`` ``[R]`` is the cost at the last look at who is stuck.
     """
 
+    problems: Problems
+    optimizer: Optimizer
     rows: Tensor
     variables: Tensor
     part: Best
@@ -203,13 +225,34 @@ class Run:
     iteration: int = 0
 
     @classmethod
-    def start(cls, variables: Tensor) -> "Run":
-        """Return a run that has not moved."""
+    def start(
+        cls,
+        problems: Problems,
+        variables: Tensor,
+        optimizer: Optimizer,
+        earlier: Mapping[str, Tensor] | None = None,
+    ) -> "Run":
+        """Return a run that has not moved, or one that goes on from an earlier :meth:`state`."""
+        if earlier:
+            return cls.restored(earlier, problems, optimizer)
         rows = torch.arange(len(variables), device=variables.device)
         best = Best.start(variables)
-        return cls(rows, variables, best.take(rows), best, torch.full_like(best.cost, torch.inf))
+        mark = torch.full_like(best.cost, torch.inf)
+        return cls(problems, optimizer, rows, variables, best.take(rows), best, mark)
 
-    def drop(self, kept: Tensor) -> None:
+    def evaluate(self, progress: float) -> Tensor:
+        """Evaluate the problems where they are, note what is best, and return the slope."""
+        now = self.problems.evaluate(self.variables, progress)
+        self.part.note(self.variables, now, self.problems.evaluations)
+        return now.gradient
+
+    def step(self, slope: Tensor, progress: float) -> None:
+        """Move along the slope ``[R, n]``, and stay in the box."""
+        self.optimizer.step(self.variables, slope, progress)
+        self.problems.parametrization.box(self.variables)
+        self.iteration += 1
+
+    def keep(self, kept: Tensor) -> None:
         """Go on with some of the problems only; the others keep their best."""
         self.best.put(self.rows, self.part)
         self.rows, self.variables, self.mark = (
@@ -218,32 +261,41 @@ class Run:
             self.mark[kept],
         )
         self.part = self.part.take(kept)
+        if len(kept):
+            self.problems = self.problems.take(kept)
+            self.optimizer.keep(kept)
 
-    def state(self, optimizer: Optimizer) -> dict[str, Tensor]:
+    def ended(self) -> Best:
+        """Return the best of all problems."""
+        self.best.put(self.rows, self.part)
+        return self.best
+
+    def state(self) -> dict[str, Tensor]:
         """Return everything that it takes to go on from here."""
         parts = {
             "part": self.part.state(),
             "best": self.best.state(),
-            "optimizer": optimizer.state(),
+            "optimizer": self.optimizer.state(),
+            "problems": self.problems.state(),
         }
-        nested = {f"{name}.{key}": t for name, part in parts.items() for key, t in part.items()}
         own = {"rows": self.rows, "variables": self.variables, "mark": self.mark}
-        return {**own, "iteration": torch.tensor(self.iteration), **nested}
+        return {**own, "iteration": torch.tensor(self.iteration), **joined(parts)}
 
     @classmethod
-    def restored(cls, state: Mapping[str, Tensor], optimizer: Optimizer) -> "Run":
-        """Return what :meth:`state` gave back; the optimizer goes on with it."""
-
-        def inside(name: str) -> dict[str, Tensor]:
-            start = f"{name}."
-            return {k.removeprefix(start): t for k, t in state.items() if k.startswith(start)}
-
-        optimizer.restore(inside("optimizer"))
+    def restored(
+        cls, state: Mapping[str, Tensor], problems: Problems, optimizer: Optimizer
+    ) -> "Run":
+        """Return what :meth:`state` gave back, of the same problems and optimizer, made afresh."""
+        problems = problems.take(state["rows"])
+        problems.restore(inside(state, "problems"))
+        optimizer.restore(inside(state, "optimizer"))
         return cls(
+            problems,
+            optimizer,
             state["rows"],
             state["variables"].clone(),
-            Best.restored(inside("part")),
-            Best.restored(inside("best")),
+            Best.restored(inside(state, "part")),
+            Best.restored(inside(state, "best")),
             state["mark"],
             int(state["iteration"]),
         )
@@ -252,7 +304,7 @@ class Run:
 class Watch:
     """Who watches the loop; this one does nothing."""
 
-    def __call__(self, run: Run, optimizer: Optimizer) -> bool:  # noqa: ARG002
+    def __call__(self, run: Run) -> bool:  # noqa: ARG002
         """Look up now and then, before a step; say whether to end it here."""
         return False
 
@@ -270,51 +322,39 @@ def minimize(
 ) -> Best:
     """Move ``variables`` ``[T, n]`` in place and return each problem's best point.
 
-    A problem whose cost is not finite ends, and keeps its best.
+    A problem whose cost is not finite ends, and keeps its best.  ``optimizer`` is a fresh one.
+    ``earlier`` is the ``Run.state`` of an attempt that was cut off: it goes on from there.
 
     Parameters
     ----------
-    problems : Problems
-    variables : Tensor
-    optimizer : Optimizer
-        A fresh one.
-    iterations : int
     patience : int or None
         Iterations in which a problem's cost must fall by a tenth, or it is left where it is.
     settled : float
         Share of the iterations after which the cost stays the same function: no earlier point is
         kept, for its cost meant something else.
-    watch : Watch or None
-    earlier : mapping or None
-        The ``Run.state`` of an attempt that was cut off; it goes on from there.
     """
-    run, begins = Run.start(variables), int(settled * iterations)
-    if earlier:
-        run = Run.restored(earlier, optimizer)
-        problems = problems.take(run.rows)
-    for iteration in range(run.iteration, iterations + 1):
-        run.iteration = iteration
-        if iteration and iteration % LOOK_EVERY == 0 and watch and watch(run, optimizer):
-            break
-        if iteration == begins:
+    run = Run.start(problems, variables, optimizer, earlier)
+    while not _called_off(run, watch):
+        if run.iteration == int(settled * iterations):
             run.part.forget()
-        now = problems.evaluate(run.variables, iteration / iterations)
-        run.part.note(run.variables, now, problems.evaluations)
-        if iteration == iterations:
+        progress = run.iteration / iterations
+        slope = run.evaluate(progress)
+        if run.iteration == iterations:
             break
-        gradient = now.gradient
         going = _going(run, patience)
         if going is not None and not going.all():  # the rest goes faster without them
-            kept = going.nonzero().squeeze(1)
-            run.drop(kept)
-            if not len(kept):
-                return run.best
-            problems, gradient = problems.take(kept), gradient[kept]
-            optimizer.keep(kept)
-        optimizer.step(run.variables, gradient, iteration / iterations)
-        problems.parametrization.box(run.variables)
-    run.best.put(run.rows, run.part)
-    return run.best
+            run.keep(kept := going.nonzero().squeeze(1))
+            slope = slope[kept]
+        if len(run.rows) == 0:
+            break
+        run.step(slope, progress)
+    return run.ended()
+
+
+def _called_off(run: Run, watch: Watch | None) -> bool:
+    """Let whoever watches look up now and then, and say whether to end it here."""
+    due = run.iteration > 0 and run.iteration % LOOK_EVERY == 0
+    return due and watch is not None and watch(run)
 
 
 def _going(run: Run, patience: int | None) -> Tensor | None:

@@ -12,8 +12,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from strategies.attacks.optimization.state import Stateful
 
-class Objective(ABC):
+
+class Objective(Stateful, ABC):
     """Distance to what was observed, for T targets at once."""
 
     observed: Tensor

@@ -6,7 +6,7 @@ astray (not finite) stays astray without touching its neighbors.
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -106,33 +106,41 @@ class Langevin(Optimizer):
     inner : Optimizer
     scale : callable
         Standard deviation of the noise by share of iterations done.
-    generator : torch.Generator
-        On the CPU.
+    generators : sequence of torch.Generator
+        One for each problem, so that its noise does not depend on what runs beside it; on the CPU.
     """
 
     def __init__(
-        self, inner: Optimizer, scale: Callable[[float], float], generator: torch.Generator
+        self,
+        inner: Optimizer,
+        scale: Callable[[float], float],
+        generators: Sequence[torch.Generator],
     ) -> None:
-        self.inner, self.scale, self.generator = inner, scale, generator
+        self.inner, self.scale, self.generators = inner, scale, list(generators)
 
     def step(self, variables: Tensor, gradient: Tensor, progress: float) -> None:
         """Step, then add noise."""
         self.inner.step(variables, gradient, progress)
-        noise = torch.randn(variables.shape, generator=self.generator)
+        size = variables.shape[1]
+        noise = torch.stack([torch.randn(size, generator=each) for each in self.generators])
         variables.add_(noise.to(variables), alpha=self.scale(progress))
 
     def keep(self, rows: Tensor) -> None:
         """Forget all problems but these."""
         self.inner.keep(rows)
+        self.generators = [self.generators[row] for row in rows.tolist()]
 
     def state(self) -> dict[str, Tensor]:
-        """Return the inner optimizer's, and where the noise is."""
-        return {**self.inner.state(), "noise": self.generator.get_state()}
+        """Return the inner optimizer's, and where the noise of each problem is."""
+        noise = torch.stack([each.get_state() for each in self.generators])
+        return {**self.inner.state(), "noise": noise}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on with the same noise."""
+        """Go on with the same noise, for as many problems as there were left."""
         inner = dict(state)
-        self.generator.set_state(inner.pop("noise").cpu())
+        self.generators = [
+            torch.Generator().set_state(of_one.clone()) for of_one in inner.pop("noise").cpu()
+        ]
         self.inner.restore(inner)
 
 

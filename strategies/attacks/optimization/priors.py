@@ -5,14 +5,16 @@ A prior returns its derivative with its value, as objectives do.
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from strategies.attacks.optimization.state import Stateful
 
-class Prior(ABC):
+
+class Prior(Stateful, ABC):
     """A penalty on images."""
 
     @abstractmethod
@@ -60,6 +62,14 @@ class Scheduled(Prior):
     def take(self, rows: Tensor) -> Self:
         """Return the prior of some of the targets."""
         return type(self)(self.prior.take(rows), self.factor)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what the other prior remembers."""
+        return self.prior.state()
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Let the other prior go on."""
+        self.prior.restore(state)
 
 
 class TotalVariation(Prior):
@@ -197,6 +207,17 @@ class Consensus(Prior):
         chosen.of = self.of[rows.cpu()]
         chosen.wanted = self.wanted[rows] if self.wanted is not None else None
         return chosen
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the consensus ``[T, B, C, H, W]``, and when it was drawn."""
+        if self.wanted is None:
+            return {}
+        return {"wanted": self.wanted, "drawn": torch.tensor(self.drawn, dtype=torch.float64)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with a consensus of the same problems."""
+        if state:
+            self.wanted, self.drawn = state["wanted"], float(state["drawn"])
 
 
 def shifted(images: Tensor, onto: Tensor) -> Tensor:

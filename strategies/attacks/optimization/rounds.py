@@ -6,7 +6,7 @@ how the slopes of the rounds become one is the attack's choice.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -20,6 +20,7 @@ from strategies.attacks.optimization.engine import Recipe, matching, solve
 from strategies.attacks.optimization.groups import Group, grouped
 from strategies.attacks.optimization.matching import Evaluation, Matching
 from strategies.attacks.optimization.parametrizations import Parametrization
+from strategies.attacks.optimization.state import inside, joined
 from strategies.attacks.optimization.tally import Findings, Tally
 
 Combine = Callable[[Tensor], Tensor]
@@ -74,6 +75,15 @@ class Rounds:
         """Return some of the problems."""
         some = [matching.take(rows) for matching in self.matchings]
         return type(self)(some, self.slopes, self.costs)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what the problems of each round remember."""
+        return joined({str(place): each.state() for place, each in enumerate(self.matchings)})
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Let the problems of each round go on."""
+        for place, each in enumerate(self.matchings):
+            each.restore(inside(state, str(place)))
 
 
 def same_batch_every_round(setting: Setting) -> None:

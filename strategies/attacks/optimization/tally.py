@@ -11,7 +11,6 @@ from torch import Tensor
 from fedsim.attack import Cost, Reconstruction
 from fedsim.threat import Knowledge
 from strategies.attacks.optimization.matching import Best, Run, Watch
-from strategies.attacks.optimization.optimizers import Optimizer
 from strategies.attacks.optimization.parametrizations import Parametrization
 
 # Seconds between two words on progress, and between two checkpoints.
@@ -73,12 +72,12 @@ class Tally:
             text += f" (best of {problems} at once, median {best.median().item():.3g})"
         self.knowledge.progress(self.done + iteration * problems, self.total, text)
 
-    def keep(self, start: str, run: Run, optimizer: Optimizer) -> None:
+    def keep(self, start: str, run: Run) -> None:
         """Keep what is done, for an attempt after this one, unless that was just done."""
         if time.monotonic() - self.saved < KEEP_EVERY:
             return
         self.saved = time.monotonic()
-        state = {f"{start}{name}": t.cpu() for name, t in run.state(optimizer).items()}
+        state = {f"{start}{name}": t.cpu() for name, t in run.state().items()}
         self.knowledge.keep(KEPT, {**self.finished, **state})
 
 
@@ -101,10 +100,10 @@ class Batch(Watch):
         """Where an earlier attempt was."""
         return self.kept or None
 
-    def __call__(self, run: Run, optimizer: Optimizer) -> bool:
+    def __call__(self, run: Run) -> bool:
         """Tell, keep, and say whether somebody wants the best so far."""
         self.tally.tell(run.iteration, len(run.rows), run.part.distance)
-        self.tally.keep(self.start, run, optimizer)
+        self.tally.keep(self.start, run)
         if self.tally.knowledge.stopping and not self.tally.stopped:
             self.tally.stopped = True
             self.tally.receipts.append(

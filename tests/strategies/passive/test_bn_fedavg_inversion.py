@@ -115,6 +115,19 @@ def test_it_runs_on_what_model_d_grants():
         attack.reconstruct([view], granted(client, "C"))
 
 
+def test_a_view_alone_gives_what_it_gives_among_others():
+    client = Honest(NETWORK, spec(), dtype=torch.float64)
+    views = [
+        dataclasses.replace(one_step(client, *batch(tiles(), 1, seed)), senders=(seed,))
+        for seed in range(2)
+    ]
+    attack = BatchNormFedAvgInversion(iterations=20, restarts=2, noise=1.0)
+    knowledge = granted(client).about({view.label: 1 for view in views})
+    together = attack.reconstruct(views, knowledge)
+    alone = attack.reconstruct(views[1:], knowledge)
+    assert torch.allclose(alone.examples, together.examples[1:], atol=1e-6)
+
+
 def test_what_says_nothing_is_refused_with_a_remedy():
     attack = BatchNormFedAvgInversion()
     with pytest.raises(ValueError, match="BatchNorm"):

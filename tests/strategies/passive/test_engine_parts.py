@@ -194,9 +194,9 @@ class CutOff(Watch):
     def __init__(self, at):
         self.at, self.state = at, {}
 
-    def __call__(self, run: Run, optimizer):
+    def __call__(self, run: Run):
         if run.iteration == self.at:
-            self.state = {name: tensor.clone() for name, tensor in run.state(optimizer).items()}
+            self.state = {name: tensor.clone() for name, tensor in run.state().items()}
             return True
         return False
 
@@ -206,7 +206,9 @@ OPTIMIZERS = {
     "adamw": lambda: Adam(0.1, signed=False, decay=0.1, schedule=exponential(0.1)),
     "lbfgs": LBFGS,
     "langevin": lambda: Langevin(
-        Adam(0.1, signed=True), lambda _: 0.01, torch.Generator().manual_seed(5)
+        Adam(0.1, signed=True),
+        lambda _: 0.01,
+        [torch.Generator().manual_seed(seed) for seed in range(3)],
     ),
 }
 

@@ -23,7 +23,7 @@ def test_without_the_score_it_is_inverting_gradients():
 
 def test_noise_scores_far_above_what_is_usual():
     knowledge = Honest("lenet", spec()).knowledge("D", surrogate=tiles())
-    opinion = trained(tiles(), 8, knowledge)
+    opinion = trained(tiles(), 8, knowledge, [])
     assert opinion.of_noise > 5 * opinion.usual
     images, _ = batch(tiles(), 6, 0)
     noise = torch.rand(6, *spec().shape, generator=torch.Generator().manual_seed(0))

@@ -70,7 +70,7 @@ def test_the_auxiliary_network_learns_from_surrogate_images_and_its_accuracy_is_
     attack = GradViT(iterations=4, epochs=2, auxiliary=AUXILIARY, labels="idlg")
     knowledge = captured.knowledge(threat_model="D")
     found = attack.reconstruct(captured.views, knowledge)
-    network, accuracy = trained(AUXILIARY, 2, knowledge)
+    network, accuracy = trained(AUXILIARY, 2, knowledge, [])
     assert f"right on {accuracy:.0%}" in found.receipts[0]
     layers = batchnorm_layers(network).values()
     assert all(layer.running_mean.abs().max() > 1e-3 for layer in layers)

@@ -53,7 +53,7 @@ def test_entries_that_were_dropped_say_nothing():
 
 def test_the_denoiser_takes_noise_off():
     client, train, surrogate = digits()
-    denoiser = trained(client.knowledge("D", surrogate=surrogate), steps=60)
+    denoiser = trained(client.knowledge("D", surrogate=surrogate), steps=60, receipts=[])
     images, _ = batch(train, 32, 0)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     noisy = images + 0.5 * noise
@@ -93,7 +93,7 @@ def test_where_too_little_was_kept_each_end_adds_something(monkeypatch):
     client, count = Honest("lenet", spec()), 4
     truth = [batch(cifar10().subset(torch.arange(8000)), 1, seed) for seed in range(count)]
     surrogate = cifar10().subset(torch.arange(8000, 10000))
-    denoiser = trained(client.knowledge("D", surrogate=surrogate), steps=200)
+    denoiser = trained(client.knowledge("D", surrogate=surrogate), steps=200, receipts=[])
     monkeypatch.setattr(hcgla, "trained", lambda *_: denoiser)
     plain = {"iterations": 500, "restarts": 1}
     attacks = {

@@ -80,7 +80,7 @@ def test_factor_one_is_pixels_by_adam_and_squared_distance():
         labels=attack.rule,
         parametrization=lambda group: UniformPixels(group.spec, group.known_labels),
         objective=lambda group: SquaredDistance(group.observed),
-        optimizer=lambda: Adam(0.05, signed=False, schedule=cosine(lowest=0.1)),
+        optimizer=lambda _: Adam(0.05, signed=False, schedule=cosine(lowest=0.1)),
         iterations=20,
     )
     found, wanted = attack.reconstruct([view], knowledge), invert([view], knowledge, plain)

@@ -39,6 +39,7 @@ from strategies.attacks.optimization.optimizers import Adam
 from strategies.attacks.optimization.parametrizations import NormalizedPixels
 from strategies.attacks.optimization.priors import Differentiated, Prior, TotalVariation
 from strategies.attacks.optimization.schedules import ig_steps
+from strategies.attacks.optimization.training import training_steps
 
 BATCH, RATE, HELD_OUT = 64, 1e-3, 10
 
@@ -105,9 +106,10 @@ class GIPIP(TakesLabels):
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Return as many images for each view as it has examples."""
-        opinion, receipt = None, "the anomaly score has no weight; no auto-encoder was trained"
+        opinion, receipts = None, list[str]()
+        receipt = "the anomaly score has no weight; no auto-encoder was trained"
         if self.anomaly:
-            opinion = trained(knowledge.surrogate, self.epochs, knowledge)
+            opinion = trained(knowledge.surrogate, self.epochs, knowledge, receipts)
             receipt = (
                 f"auto-encoder of {len(knowledge.surrogate)} surrogate images: mean squared error "
                 f"{opinion.usual:.2g} on those held out, {opinion.of_noise:.2g} on noise"
@@ -125,12 +127,12 @@ class GIPIP(TakesLabels):
             ),
             objective=lambda group: Cosine(group.observed),
             priors=priors,
-            optimizer=lambda: Adam(self.lr, signed=self.signed, schedule=ig_steps),
+            optimizer=lambda _: Adam(self.lr, signed=self.signed, schedule=ig_steps),
             iterations=self.iterations,
             restarts=self.restarts,
         )
         found = invert(views, knowledge, recipe)
-        return replace(found, receipts=(receipt, *found.receipts))
+        return replace(found, receipts=(receipt, *receipts, *found.receipts))
 
 
 class AutoEncoder(nn.Module):
@@ -172,8 +174,11 @@ class Opinion:
         return errors
 
 
-def trained(split: Split, epochs: int, knowledge: Knowledge) -> Opinion:
-    """Train the auto-encoder on nine tenths of the surrogate images, and measure it on the rest."""
+def trained(split: Split, epochs: int, knowledge: Knowledge, receipts: list[str]) -> Opinion:
+    """Train the auto-encoder on nine tenths of the surrogate images, and measure it on the rest.
+
+    ``receipts`` gets a line where that was ended by hand.
+    """
     generator = knowledge.generator("gi-pip")
     order = torch.randperm(len(split), generator=generator)
     images, _ = split.batch(order, torch.float32)
@@ -183,13 +188,17 @@ def trained(split: Split, epochs: int, knowledge: Knowledge) -> Opinion:
     with seeded_globals(int(torch.randint(2**31, (), generator=generator))):
         encoder = AutoEncoder(images.shape[1]).to(knowledge.device)
     optimizer = torch.optim.Adam(encoder.parameters(), lr=RATE)
-    for epoch in range(epochs):
-        for chosen in torch.split(torch.randperm(len(learned), generator=generator), BATCH):
-            some = learned[chosen.to(learned.device)]
-            optimizer.zero_grad()
-            torch.autograd.backward(mse_loss(encoder(some), some))
-            optimizer.step()
-        knowledge.progress(epoch, epochs, "training the auto-encoder")
+    batches = (
+        chosen
+        for _ in range(epochs)
+        for chosen in torch.split(torch.randperm(len(learned), generator=generator), BATCH)
+    )
+    steps = training_steps(epochs * ceil(len(learned) / BATCH), "auto-encoder", knowledge, receipts)
+    for _, chosen in zip(steps, batches, strict=False):
+        some = learned[chosen.to(learned.device)]
+        optimizer.zero_grad()
+        torch.autograd.backward(mse_loss(encoder(some), some))
+        optimizer.step()
     opinion = Opinion(encoder.requires_grad_(requires_grad=False), 0.0, 0.0)
     noise = torch.rand(held.shape, generator=generator).to(held)
     with torch.no_grad():

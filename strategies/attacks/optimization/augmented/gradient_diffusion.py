@@ -10,7 +10,8 @@ tells ``v = sqrt(a_t) e - sqrt(1 - a_t) x_0`` (Salimans and Ho, ICLR 2022); from
 ``x_0 = sqrt(a_t) x_t - sqrt(1 - a_t) v`` and ``e = sqrt(1 - a_t) x_t + sqrt(a_t) v``.
 """
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from math import log
 
 import torch
@@ -134,6 +135,7 @@ class GradientDiffusion:
         self.device = device
         self.side = -(-int(-(-(examples.shape[1] ** 0.5) // 1)) // 4) * 4
         self.scale = 1.0
+        self.trained = 0  # steps
         some = self.clean(len(examples))
         #: The root mean square of clean gradients, which are divided by it.
         self.scale = float(some.square().mean().sqrt())
@@ -171,13 +173,16 @@ class GradientDiffusion:
         batch: int,
         lr: float,
         upto: int,
-        tell: Callable[[int], None] = lambda _: None,
+        counted: Callable[[int], Iterable[int]] = range,
     ) -> float:
-        """Train on t from 1 to ``upto``; return the mean squared error in v, of the last tenth."""
+        """Train on t from 1 to ``upto``; return the mean squared error in v, of the last tenth.
+
+        ``counted`` yields the steps, given their number: all, or the first one and some more.
+        """
         optimizer = torch.optim.Adam(self.network.parameters(), lr=lr)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        errors = []
-        for step in range(steps):
+        errors: deque[Tensor] = deque(maxlen=steps // 10 + 1)
+        for _ in counted(steps):
             begun = self.squares(self.clean(batch))
             noise = torch.randn(begun.shape, generator=self.generator)
             times = torch.randint(1, upto + 1, (batch,), generator=self.generator)
@@ -190,11 +195,10 @@ class GradientDiffusion:
             torch.autograd.backward(loss)
             optimizer.step()
             decay.step()
-            if step >= 0.9 * steps - 1:
-                errors.append(loss.detach())
-            tell(step + 1)
+            errors.append(loss.detach())
+            self.trained += 1
         self.network.eval()
-        return float(torch.stack(errors).mean())
+        return float(torch.stack(list(errors)).mean())
 
     @torch.no_grad()
     def told(self, noised: Tensor, step: int) -> tuple[Tensor, Tensor]:

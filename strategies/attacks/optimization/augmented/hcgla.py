@@ -17,7 +17,7 @@ no zeros in the gradient the method is ``idlg``.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -39,6 +39,7 @@ from strategies.attacks.optimization.groups import Group
 from strategies.attacks.optimization.objectives import Objective, SquaredDistance, Weighted
 from strategies.attacks.optimization.optimizers import LBFGS
 from strategies.attacks.optimization.parametrizations import Pixels
+from strategies.attacks.optimization.training import training_steps
 
 # Examples in a step of the denoiser's training, and the range of its noise.
 BATCH = 32
@@ -131,21 +132,22 @@ class HCGLA(Attack):
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Return an image and its label for each view."""
-        denoiser = None
+        denoiser, receipts = None, list[str]()
         if self.start == "denoised" or self.filtered:
-            denoiser = trained(knowledge, self.steps)
+            denoiser = trained(knowledge, self.steps, receipts)
         recipe = Recipe(
             batch_size=lambda _: 1,
             labels=IDLG(),
             parametrization=lambda group: self._pixels(group, denoiser),
             objective=lambda group: kept_entries(group.observed),
-            optimizer=lambda: LBFGS(self.lr),
+            optimizer=lambda _: LBFGS(self.lr),
             iterations=self.iterations,
             restarts=self.restarts,
             converged=self.converged,
             patience=self.patience,
         )
-        return invert(views, knowledge, recipe)
+        found = invert(views, knowledge, recipe)
+        return replace(found, receipts=(*receipts, *found.receipts))
 
     def _pixels(self, group: Group, denoiser: Denoiser | None) -> Pixels:
         """Return what is searched: pixels, with the denoiser at the ends that have it."""
@@ -205,14 +207,17 @@ class CleanedPixels(Pixels):
         return CleanedPixels(self.spec, self.labels[rows], self.denoiser, **ends)
 
 
-def trained(knowledge: Knowledge, steps: int) -> Denoiser:
-    """Train a denoiser on surrogate images: Adam 1e-3, mean squared error."""
+def trained(knowledge: Knowledge, steps: int, receipts: list[str]) -> Denoiser:
+    """Train a denoiser on surrogate images: Adam 1e-3, mean squared error.
+
+    ``receipts`` gets a line where that was ended by hand.
+    """
     split, generator = knowledge.surrogate, knowledge.generator("denoiser")
     with seeded_globals(int(torch.randint(2**31, (), generator=generator))):
         denoiser = Denoiser(split.images.shape[1]).to(knowledge.device)
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=1e-3)
     low, high = NOISE
-    for _ in range(steps):
+    for _ in training_steps(steps, "denoiser", knowledge, receipts):
         images, _ = split.batch(torch.randint(len(split), (BATCH,), generator=generator))
         spread = low + (high - low) * torch.rand(BATCH, 1, 1, 1, generator=generator)
         noisy = images + spread * torch.randn(images.shape, generator=generator)

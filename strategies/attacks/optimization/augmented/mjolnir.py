@@ -48,6 +48,7 @@ from strategies.attacks.optimization.surrogate_gradients import (
     example_gradients,
     refuse_batch_statistics,
 )
+from strategies.attacks.optimization.training import training_steps
 
 
 @register("attack", "mjolnir")
@@ -196,12 +197,13 @@ class Mjolnir(Attack):
             device=knowledge.device,
         )
         step = matching_step(self.noise / diffusion.scale)
+        cut: list[str] = []
         error = diffusion.train(
             self.steps,
             batch=self.batch,
             lr=self.lr,
             upto=step,
-            tell=lambda done: knowledge.progress(done, self.steps, "denoiser"),
+            counted=lambda steps: training_steps(steps, "denoiser", knowledge, cut),
         )
         trained = perf_counter() - started
         observed = torch.stack(same.updates) / diffusion.scale
@@ -209,11 +211,11 @@ class Mjolnir(Attack):
         told = (
             f"{same.labels[0]} and {len(same.labels) - 1} more of the same weights: noise "
             f"{self.noise / diffusion.scale:.2g} times the gradient's root mean square, step "
-            f"{step} of the chain ({self.chain}); {self.steps} steps on gradients of "
+            f"{step} of the chain ({self.chain}); {diffusion.trained} steps on gradients of "
             f"{len(examples)} surrogate examples in {trained:.0f} s, mean squared error {error:.3f}"
         )
         clean = self._walked(diffusion, squares, step).flatten(1)[:, : observed.shape[1]].cpu()
-        return clean * diffusion.scale, told
+        return clean * diffusion.scale, "; ".join([told, *cut])
 
     def _walked(self, diffusion: GradientDiffusion, squares: Tensor, step: int) -> Tensor:
         """Return clean squares ``[V, S, S]`` of those at a step of the chain."""

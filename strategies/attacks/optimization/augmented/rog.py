@@ -54,6 +54,7 @@ from strategies.attacks.optimization.optimizers import Adam
 from strategies.attacks.optimization.parametrizations import Candidate, Pixels
 from strategies.attacks.optimization.schedules import cosine
 from strategies.attacks.optimization.surrogate_gradients import SameModel, by_model
+from strategies.attacks.optimization.training import training_steps
 
 # The rate's last share, pairs in a step of the restorer's training, and its rate.
 LAST_RATE, BATCH, RATE = 0.1, 16, 1e-3
@@ -225,7 +226,7 @@ class ROG(TakesLabels):
                 group.spec, group.known_labels, self.factor
             ),
             objective=lambda group: distance(group, knowledge),
-            optimizer=lambda: Adam(self.lr, signed=False, schedule=cosine(lowest=LAST_RATE)),
+            optimizer=lambda _: Adam(self.lr, signed=False, schedule=cosine(lowest=LAST_RATE)),
             iterations=self.iterations,
             restarts=self.restarts,
         )
@@ -347,7 +348,10 @@ def paired(
 def trained(
     pairs: Sequence[tuple[Tensor, Tensor]], steps: int, knowledge: Knowledge, number: int
 ) -> tuple[Denoiser | None, str]:
-    """Train a restorer on three quarters of the pairs, and say what it does to the rest."""
+    """Train a restorer on three quarters of the pairs, and say what it does to the rest.
+
+    One whose training was ended by hand before it was of use is not handed over.
+    """
     if len(pairs) < HELD_OUT:
         return None, f"no restorer, only {len(pairs)} rehearsals were finished"
     count, draw = len(pairs) // HELD_OUT, knowledge.generator("rog restorer", number)
@@ -357,13 +361,12 @@ def trained(
     with seeded_globals(int(torch.randint(2**31, (), generator=draw))):
         restorer = Denoiser(shown.shape[1]).to(knowledge.device)
     optimizer = torch.optim.Adam(restorer.parameters(), lr=RATE)
-    for step in range(steps):
+    cut: list[str] = []
+    for _ in training_steps(steps, "restorer", knowledge, cut):
         rows = torch.randint(len(shown), (BATCH,), generator=draw).to(shown.device)
         optimizer.zero_grad()
         torch.autograd.backward(l1_loss(restorer(shown[rows]), clean[rows]))
         optimizer.step()
-        if step % 20 == 0:
-            knowledge.progress(step, steps, "training the restorer")
     given, wanted = (
         torch.cat(side).to(knowledge.device) for side in zip(*pairs[:count], strict=True)
     )
@@ -371,10 +374,11 @@ def trained(
         -10 * (images - wanted).square().flatten(1).mean(dim=1).clamp_min(1e-10).log10().mean()
         for images in (given, restorer.cleaned(given))
     )
-    return restorer.eval(), (
-        f"restorer of {len(pairs) - count} rehearsals takes the {count} held out from "
-        f"{before:.1f} to {after:.1f} dB"
-    )
+    told = f"restorer of {len(pairs) - count} rehearsals takes the {count} held out from "
+    told = "; ".join([f"{told}{before:.1f} to {after:.1f} dB", *cut])
+    if cut and after < before:
+        return None, f"{told}; it was left out"
+    return restorer.eval(), told
 
 
 def handed_over(

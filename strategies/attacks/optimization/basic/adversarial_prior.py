@@ -113,7 +113,7 @@ class AdversarialPrior(TakesLabels):
             objective=lambda group: Cosine(group.observed),
             priors=lambda group: [TotalVariation(self.tv, group.spec.std)] if self.tv else [],
             activations=lambda group: self._resemblance(group, knowledge),
-            optimizer=lambda: Adam(self.lr, signed=True, schedule=ig_steps),
+            optimizer=lambda _: Adam(self.lr, signed=True, schedule=ig_steps),
             iterations=self.iterations,
             restarts=self.restarts,
         )

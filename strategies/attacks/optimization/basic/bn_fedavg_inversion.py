@@ -35,7 +35,7 @@ from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
 from strategies.attacks.optimization.activations import BatchNormDistance
-from strategies.attacks.optimization.engine import Recipe, invert
+from strategies.attacks.optimization.engine import Job, Recipe, invert
 from strategies.attacks.optimization.groups import Group
 from strategies.attacks.optimization.objectives import LayerDistances
 from strategies.attacks.optimization.optimizers import Adam, Langevin, Optimizer
@@ -170,7 +170,7 @@ class BatchNormFedAvgInversion(TakesStatistics):
     toy = ToyCase(
         scenario={
             "threat-model": "D",
-            "attack": "bn-fedavg-inversion(iterations=250, labels='analytic')",
+            "attack": "bn-fedavg-inversion(iterations=250, restarts=4, labels='analytic')",
             "data.dataset": "digits",
             "data.partition": "size(partition_sizes=[3, 3])",
             "model.name": "convnet(stride=2, norm='batch')",
@@ -205,7 +205,7 @@ class BatchNormFedAvgInversion(TakesStatistics):
             objective=lambda group: self._distance(group, knowledge),
             priors=self._priors,
             activations=lambda group: self._statistics(group, knowledge),
-            optimizer=lambda: self._optimizer(knowledge),
+            optimizer=lambda jobs: self._optimizer(jobs, knowledge),
             iterations=self.iterations,
             restarts=self.restarts,
         )
@@ -242,10 +242,10 @@ class BatchNormFedAvgInversion(TakesStatistics):
             *[Norm(self.norm, spec.mean, spec.std)] * (self.norm > 0),
         ]
 
-    def _optimizer(self, knowledge: Knowledge) -> Optimizer:
+    def _optimizer(self, jobs: Sequence[Job], knowledge: Knowledge) -> Optimizer:
         rate = cosine(min(WARM_UP / self.iterations, 0.5))
         adam = Adam(self.lr, signed=False, schedule=rate, betas=(0.9, 0.9))
         if not self.noise:
             return adam
-        generator = knowledge.generator("noise")
-        return Langevin(adam, lambda progress: self.noise * self.lr * rate(progress), generator)
+        draws = [knowledge.generator(label, "langevin", again) for label, again in jobs]
+        return Langevin(adam, lambda progress: self.noise * self.lr * rate(progress), draws)

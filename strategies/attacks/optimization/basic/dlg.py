@@ -100,7 +100,7 @@ class DLG(Attack):
             batch_size=lambda _: self.batch_size,
             parametrization=lambda group: PixelsAndLabels(group.spec, self.batch_size),
             objective=lambda group: SquaredDistance(group.observed),
-            optimizer=lambda: LBFGS(self.lr),
+            optimizer=lambda _: LBFGS(self.lr),
             iterations=self.iterations,
             restarts=self.restarts,
             converged=self.converged,

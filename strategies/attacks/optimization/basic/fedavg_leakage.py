@@ -288,7 +288,7 @@ class FedAvgLeakage(TakesLabels):
             ),
             objective=distance,
             priors=lambda group: self._priors(group, training.epochs, knowledge),
-            optimizer=lambda: Adam(self.lr, signed=False, schedule=exponential(LAST_RATE)),
+            optimizer=lambda _: Adam(self.lr, signed=False, schedule=exponential(LAST_RATE)),
             iterations=self.iterations,
             restarts=self.restarts,
         )

@@ -44,6 +44,7 @@ from strategies.attacks.optimization.priors import (
     TotalVariation,
 )
 from strategies.attacks.optimization.schedules import cosine
+from strategies.attacks.optimization.training import training_steps
 
 Weight = Annotated[float, Field(ge=0)]
 SWITCH = 0.5  # of the iterations: from here on the image prior counts
@@ -151,10 +152,10 @@ class GradViT(TakesLabels):
         """Train the auxiliary network, then return as many images as each view has examples."""
         natural, receipts = None, list[str]()
         if self.image:
-            auxiliary, accuracy = trained(self.auxiliary, self.epochs, knowledge)
+            auxiliary, accuracy = trained(self.auxiliary, self.epochs, knowledge, receipts)
             natural = Natural(self.image, auxiliary)
             receipts.append(
-                f"image prior: {self.auxiliary}, trained {self.epochs} epochs on surrogate images, "
+                f"image prior: {self.auxiliary}, trained on surrogate images, "
                 f"right on {accuracy:.0%} of those held out"
             )
         found = invert(views, knowledge, self.recipe(knowledge, natural))
@@ -172,7 +173,7 @@ class GradViT(TakesLabels):
                 group.observed, group.sizes, [self.gradient] * len(group.sizes)
             ),
             priors=lambda group: self.priors(group, natural),
-            optimizer=lambda: Adam(self.lr, signed=False, schedule=cosine()),
+            optimizer=lambda _: Adam(self.lr, signed=False, schedule=cosine()),
             iterations=self.iterations,
             restarts=self.restarts,
             settled=SWITCH if natural else 0.0,
@@ -225,10 +226,13 @@ class Natural(Differentiated):
         return self.distance(per_batch)
 
 
-def trained(expression: str, epochs: int, knowledge: Knowledge) -> tuple[nn.Module, float]:
+def trained(
+    expression: str, epochs: int, knowledge: Knowledge, receipts: list[str]
+) -> tuple[nn.Module, float]:
     """Train a network on most surrogate images; return it and its accuracy on the rest.
 
-    SGD with momentum 0.9 and a one-cycle rate, crops shifted by up to two pixels.
+    SGD with momentum 0.9 and a one-cycle rate, crops shifted by up to two pixels.  ``receipts``
+    gets a line where that was ended by hand.
     """
     split, generator = knowledge.surrogate, knowledge.generator("auxiliary")
     seed = int(torch.randint(2**31, (), generator=generator))
@@ -236,19 +240,23 @@ def trained(expression: str, epochs: int, knowledge: Knowledge) -> tuple[nn.Modu
     order = torch.randperm(len(split), generator=generator)
     held_out, used = order.tensor_split([max(int(HELD_OUT * len(order)), 1)])
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    batches = max(len(used) // BATCH, 1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs * batches)
-    for _ in range(epochs):
-        shuffled = used[torch.randperm(len(used), generator=generator)]
-        for some in torch.split(shuffled[: batches * BATCH], BATCH):
-            images, labels = split.batch(some)
-            dy, dx = torch.randint(-2, 3, (2,), generator=generator).tolist()
-            images = images.roll((dy, dx), dims=(-2, -1)).to(knowledge.device)
-            optimizer.zero_grad()
-            loss = cross_entropy(network(images), labels.to(knowledge.device))
-            torch.autograd.backward(loss)
-            optimizer.step()
-            schedule.step()
+    whole = max(len(used) // BATCH, 1)  # batches in an epoch
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs * whole)
+    batches = (
+        used[chosen]
+        for _ in range(epochs)
+        for chosen in torch.split(torch.randperm(len(used), generator=generator), BATCH)[:whole]
+    )
+    steps = training_steps(epochs * whole, "auxiliary network", knowledge, receipts)
+    for _, some in zip(steps, batches, strict=False):
+        images, labels = split.batch(some)
+        dy, dx = torch.randint(-2, 3, (2,), generator=generator).tolist()
+        images = images.roll((dy, dx), dims=(-2, -1)).to(knowledge.device)
+        optimizer.zero_grad()
+        loss = cross_entropy(network(images), labels.to(knowledge.device))
+        torch.autograd.backward(loss)
+        optimizer.step()
+        schedule.step()
     network.eval()
     with torch.no_grad():
         images, labels = split.batch(held_out)

@@ -18,9 +18,9 @@ and decaying mask of the first 200 steps are left out, as is the group term, whi
 configuration never reaches; labels come from any rule.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Self
 
 import torch
 from pydantic import Field
@@ -130,7 +130,7 @@ class HFGradInv(TakesStatistics):
             ),
             priors=self.priors,
             activations=lambda group: self.distances(group, knowledge),
-            optimizer=lambda: TwoSizes(self.lr, signed=False, schedule=ig_steps),
+            optimizer=lambda _: TwoSizes(self.lr, signed=False, schedule=ig_steps),
             iterations=self.iterations,
             settled=max(OPENED, NORMED, SMALL),
         )
@@ -189,6 +189,20 @@ class LateFirst(Objective):
     ) -> None:
         super().__init__(observed)
         self.begins, self.drop, self.generator = begins, drop, generator
+
+    def take(self, rows: Tensor) -> Self:
+        """Return the distance of some of the targets, which draws as this one would go on to."""
+        chosen = super().take(rows)
+        chosen.generator = torch.Generator().set_state(self.generator.get_state())
+        return chosen
+
+    def state(self) -> dict[str, Tensor]:
+        """Return where the drawing is."""
+        return {"generator": self.generator.get_state()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on drawing from there."""
+        self.generator.set_state(state["generator"].cpu())
 
     def __call__(self, gradients: Tensor, progress: float = 1.0) -> tuple[Tensor, Tensor]:
         """Return the distance ``[T]`` and its derivative ``[T, P]``, 0 for what is left out."""

@@ -109,7 +109,7 @@ class ImprovedDLG(Attack):
             labels=IDLG(),
             parametrization=lambda group: Pixels(group.spec, group.known_labels),
             objective=lambda group: SquaredDistance(group.observed),
-            optimizer=lambda: LBFGS(self.lr),
+            optimizer=lambda _: LBFGS(self.lr),
             iterations=self.iterations,
             restarts=self.restarts,
             converged=self.converged,

@@ -26,7 +26,7 @@ from fedsim.registry import register
 from fedsim.threat import THREAT_MODELS, Knowledge
 from fedsim.view import ServerView
 from strategies.attacks.optimization.activations import ActivationPrior, BatchNormDistance
-from strategies.attacks.optimization.engine import Recipe, invert
+from strategies.attacks.optimization.engine import Job, Recipe, invert
 from strategies.attacks.optimization.groups import Group
 from strategies.attacks.optimization.objectives import LayerDistances
 from strategies.attacks.optimization.optimizers import Adam, Langevin, Optimizer
@@ -139,7 +139,7 @@ class SeeThroughGradients(TakesStatistics):
             ),
             priors=self.priors,
             activations=lambda group: self.distances(group, knowledge),
-            optimizer=lambda: self.optimizer(knowledge),
+            optimizer=lambda jobs: self.optimizer(jobs, knowledge),
             iterations=self.iterations,
             restarts=self.seeds,
             settled=BEGINS if self.group else 0.0,  # from where on the seeds see each other
@@ -165,11 +165,11 @@ class SeeThroughGradients(TakesStatistics):
         wanted = [self.source.statistics(v, group.model, knowledge) for v in group.views]
         return [BatchNormDistance(self.batchnorm, wanted)]
 
-    def optimizer(self, knowledge: Knowledge) -> Optimizer:
+    def optimizer(self, jobs: Sequence[Job], knowledge: Knowledge) -> Optimizer:
         """Return Adam, and the noise that falls with its rate."""
         rate = cosine(WARM_UP / self.iterations)
         adam = Adam(self.lr, signed=False, schedule=rate)
         if not self.noise:
             return adam
-        generator = knowledge.generator("langevin")
-        return Langevin(adam, lambda progress: self.noise * self.lr * rate(progress), generator)
+        draws = [knowledge.generator(label, "langevin", again) for label, again in jobs]
+        return Langevin(adam, lambda progress: self.noise * self.lr * rate(progress), draws)

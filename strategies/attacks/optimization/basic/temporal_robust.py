@@ -143,7 +143,7 @@ class TemporalRobust(TakesLabels):
             ),
             objective=lambda group: self.distances[self.distance](group.observed),
             priors=lambda group: [TotalVariation(self.tv, group.spec.std)] if self.tv else [],
-            optimizer=lambda: Adam(self.lr, signed=True, schedule=ig_steps),
+            optimizer=lambda _: Adam(self.lr, signed=True, schedule=ig_steps),
             iterations=self.iterations,
             restarts=self.restarts,
         )

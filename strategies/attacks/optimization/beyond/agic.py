@@ -117,7 +117,7 @@ class ApproximateGradientInversion(TakesLabels):
             ),
             objective=self._weighted,
             priors=lambda group: [TotalVariation(self.tv, group.spec.std)] if self.tv else [],
-            optimizer=lambda: Adam(self.lr, signed=True, schedule=ig_steps),
+            optimizer=lambda _: Adam(self.lr, signed=True, schedule=ig_steps),
             iterations=self.iterations,
             restarts=self.restarts,
         )

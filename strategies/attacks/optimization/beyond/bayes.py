@@ -144,7 +144,7 @@ class Bayes(TakesLabels):
             ),
             objective=lambda group: self.likelihood.objective(group.observed),
             priors=lambda group: [TotalVariation(self.tv, group.spec.std)] if self.tv else [],
-            optimizer=lambda: Adam(self.lr, signed=self.signed, schedule=exponential(self.last)),
+            optimizer=lambda _: Adam(self.lr, signed=self.signed, schedule=exponential(self.last)),
             iterations=self.iterations,
             restarts=self.restarts,
         )

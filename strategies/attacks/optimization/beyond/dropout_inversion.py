@@ -131,7 +131,7 @@ class DropoutInversion(TakesLabels):
             activations=lambda group: [
                 DropoutRate(self.rate, layer) for layer in masked(group.model)
             ],
-            optimizer=lambda: Adam(self.lr, signed=False, schedule=ig_steps),
+            optimizer=lambda _: Adam(self.lr, signed=False, schedule=ig_steps),
             iterations=self.iterations,
             restarts=self.restarts,
         )

@@ -147,7 +147,7 @@ class GradAttack(TakesLabels):
             objective=lambda group: Cosine(group.observed),
             priors=lambda group: [TotalVariation(self.tv, group.spec.std)] if self.tv else [],
             activations=lambda group: self.distances(group, knowledge),
-            optimizer=lambda: Adam(self.lr, signed=True, schedule=ig_steps),
+            optimizer=lambda _: Adam(self.lr, signed=True, schedule=ig_steps),
             iterations=self.iterations,
         )
         return invert(views, knowledge, recipe)

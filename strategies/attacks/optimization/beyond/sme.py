@@ -232,7 +232,7 @@ class SurrogateModelExtension(TakesLabels):
             parametrization=lambda group: self._searched(group, ended),
             objective=lambda group: Cosine(group.observed),
             priors=lambda group: [TotalVariation(self.tv, group.spec.std)] if self.tv else [],
-            optimizer=lambda: Adam(self.lr, signed=self.signed, schedule=ig_steps),
+            optimizer=lambda _: Adam(self.lr, signed=self.signed, schedule=ig_steps),
             iterations=self.iterations,
             restarts=self.restarts,
         )
