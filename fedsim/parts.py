@@ -1,6 +1,6 @@
 """A scenario's components, built and checked against each other before any client trains."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +18,15 @@ from fedsim.errors import ScenarioError
 from fedsim.federation import build_strategy, least_share, unfit_strategy
 from fedsim.files import unwritable
 from fedsim.local import Local
-from fedsim.models import initial_model, is_buffer, load_arrays, saved_weights, travelling
+from fedsim.models import (
+    build_model,
+    initial_model,
+    is_buffer,
+    load_arrays,
+    saved_weights,
+    trained_tensors,
+    travelling,
+)
 from fedsim.scenario import Scenario
 from fedsim.threat import ORACLES, THREAT_MODELS, least_model
 
@@ -128,6 +136,16 @@ class Parts:
             expression = defense.architecture(expression)
         return expression
 
+    def plan(self, examples: int) -> TrainingPlan:
+        """What a client with so many examples will do."""
+        plan = self.local.plan(examples, self.scenario.federation.rounds)
+        return replace(plan, tensors=self.trained_tensors)
+
+    @cached_property
+    def trained_tensors(self) -> int:
+        """How many arrays of the shared model are trained."""
+        return trained_tensors(build_model(self.architecture, self.spec))
+
     def model(self, expression: str | None = None) -> nn.Module:
         """Return the federation's model, or another, with the weights that training starts from.
 
@@ -202,7 +220,7 @@ def _check_statistics(parts: Parts, model: nn.Module) -> None:
         raise ScenarioError("model.batchnorm", policy, f"{remedy}that has it (resnet20)")
     if policy == "private":
         return
-    plan = parts.local.plan(len(parts.partitions[0]), parts.scenario.federation.rounds)
+    plan = parts.plan(len(parts.partitions[0]))
     if promising := sorted(guarantees(parts.defenses, plan, sums=parts.channel.aggregates)):
         remedy = f"the statistics bypass {promising[0]} and void its guarantee; use 'frozen'"
         raise ScenarioError("model.batchnorm", policy, f"{remedy} or 'private'")

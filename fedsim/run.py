@@ -310,7 +310,7 @@ class History:
         sizes = [len(own) for own in self.parts.partitions]
         least: dict[str, Privacy] = {}
         for examples in {min(sizes), max(sizes)}:
-            plan = self.parts.local.plan(examples, self.parts.scenario.federation.rounds)
+            plan = self.parts.plan(examples)
             sums = self.parts.channel.aggregates
             for name, found in guarantees(self.parts.defenses, plan, sums=sums).items():
                 if name not in least or found.epsilon > least[name].epsilon:

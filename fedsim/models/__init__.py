@@ -8,6 +8,7 @@ from fedsim.models.building import (
     load_arrays,
     save_weights,
     saved_weights,
+    trained_tensors,
     travelling,
     uploaded_names,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "load_arrays",
     "save_weights",
     "saved_weights",
+    "trained_tensors",
     "travelling",
     "uploaded_names",
 ]
