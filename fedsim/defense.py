@@ -220,6 +220,13 @@ class Defense:
     def check(self, model: nn.Module, kind: str) -> None:
         """Refuse a model or an upload kind that this defense cannot act on (``ValueError``)."""
 
+    def fitting(self, model: str, network: nn.Module) -> str:
+        """Return the expression of a model like ``model`` that :meth:`check` lets pass.
+
+        ``network`` is that model; most defenses take any.  For ``fedsim fix``.
+        """
+        return model
+
     def check_setting(self, setting: Setting) -> None:
         """Refuse a federation in which this defense cannot act as it says (``ValueError``)."""
 
