@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from flwr.serverapp.strategy import Strategy
 from safetensors import SafetensorError
 from torch import nn
 
@@ -13,7 +14,13 @@ from fedsim import registry, seeds
 from fedsim.attack import Attack, Manipulation, Setting
 from fedsim.channel import Channel
 from fedsim.data import DataSet, DataSpec, load_dataset, partition
-from fedsim.defense import BELONGS_BEFORE, Defense, TrainingPlan, guarantees
+from fedsim.defense import (
+    BELONGS_BEFORE,
+    Defense,
+    ServerContext,
+    TrainingPlan,
+    guarantees,
+)
 from fedsim.errors import ScenarioError
 from fedsim.federation import build_strategy, least_share, unfit_strategy
 from fedsim.files import unwritable
@@ -176,6 +183,34 @@ def _spec(expression: str) -> DataSpec:
     return load_dataset(expression).spec
 
 
+def server_context(parts: Parts) -> ServerContext:
+    """Return what the server's part of the defenses may know."""
+    federation, seed = parts.scenario.federation, parts.scenario.seed
+    return ServerContext(
+        cohort=int(federation.clients * federation.fraction),
+        rounds=federation.rounds,
+        secret=lambda *names: seeds.secret_generator(seed, "server", *names),
+    )
+
+
+def defended_strategy(parts: Parts, ctx: ServerContext) -> Strategy:
+    """Build the Flower strategy, with what defenses have the server itself do around it.
+
+    Raises
+    ------
+    ScenarioError
+        If a defense cannot act around this strategy.
+    """
+    federation = parts.scenario.federation
+    strategy = build_strategy(federation.strategy, federation.fraction)
+    for defense in parts.defenses:
+        try:
+            strategy = defense.strategy(strategy, ctx)
+        except ValueError as error:
+            raise ScenarioError("federation.strategy", federation.strategy, str(error)) from error
+    return strategy
+
+
 def check(parts: Parts, *, here: bool = True) -> None:
     """Refuse, before any client trains, whatever cannot run or would silently do nothing.
 
@@ -237,6 +272,7 @@ def _check_federation(parts: Parts) -> None:
     strategy = build_strategy(federation.strategy, federation.fraction)
     if reason := unfit_strategy(strategy, parts.local.kind, cohort, channel.aggregates):
         raise ScenarioError("federation.strategy", federation.strategy, reason)
+    defended_strategy(parts, server_context(parts))
     most = max(map(len, parts.partitions))
     try:
         parts.local.check(most)

@@ -134,7 +134,8 @@ def idle_defense(parts: Sequence[DefensePart], federation: Mapping[str, Any]) ->
     by_name = {part.name: part for part in parts}
     for expected in federation.get("defenses_expected") or []:
         part = by_name[expected["name"]]
-        if expected.get("at_server") and not part.server:
+        at_server_only = expected.get("at_server") and not expected.get("must_change")
+        if at_server_only and not part.server:
             return f"defense {part.name!r} is switched on and the server did nothing of it"
         if not expected.get("must_change"):
             continue
