@@ -3,7 +3,7 @@
 ``g_i = dl_i / dW`` with ``l_i`` the cross-entropy of example i.  By ``torch.func.vmap`` where the
 examples do not touch each other; with BatchNorm in train mode they do, and ``l_i`` is then the loss
 of example i in its batch (as in the released code of Garov et al., ICLR 2024), one backward pass
-for each.
+for each.  Where they must not touch (``alone``), each goes through the model by itself.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,9 @@ from fedsim.defense import Batch, Tensors
 AT_ONCE = 2**26
 
 
-def per_example_gradients(model: nn.Module, batch: Batch) -> Iterator[Tensors]:
+def per_example_gradients(
+    model: nn.Module, batch: Batch, *, alone: bool = False
+) -> Iterator[Tensors]:
     """Yield the gradients of consecutive examples, each ``[b, *shape]`` by parameter name.
 
     Parameters
@@ -28,10 +30,12 @@ def per_example_gradients(model: nn.Module, batch: Batch) -> Iterator[Tensors]:
         In the mode in which it would be trained; its buffers may move (BatchNorm).
     batch : tuple of Tensor
         Images ``[B, C, H, W]`` and labels ``[B]``.
+    alone : bool
+        Whether no example's gradient may depend on another example, whatever the model does.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     together = max(1, AT_ONCE // max(1, sum(p.numel() for p in parameters.values())))
-    if _examples_touch(model):
+    if _examples_touch(model) and not alone:
         yield from _one_by_one(model, parameters, batch, together)
         return
     for at in range(0, len(batch[1]), together):
@@ -40,7 +44,9 @@ def per_example_gradients(model: nn.Module, batch: Batch) -> Iterator[Tensors]:
             yield _at_once(model, parameters, some)
         except RuntimeError:
             # The server chose this architecture, and it may do what vmap cannot follow.
-            yield from _one_by_one(model, parameters, some, together)
+            each = [(some[0][i : i + 1], some[1][i : i + 1]) for i in range(len(some[1]))]
+            for these in each if alone else [some]:
+                yield from _one_by_one(model, parameters, these, together)
 
 
 def _examples_touch(model: nn.Module) -> bool:

@@ -79,6 +79,31 @@ def validate(
 
 
 @app.command()
+def fix(
+    file: Annotated[Path, typer.Argument(help="A scenario file.")],
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the whole scenario, so changed, to this file.")
+    ] = None,
+) -> None:
+    """Say what to change so that a scenario's defenses can act on its model."""
+    from fedsim.files import write_atomically
+    from fedsim.fixing import fixes
+    from fedsim.parts import Parts, check
+
+    scenario = _scenario(file, overrides)
+    changed = fixes(scenario)
+    fixed = scenario.with_changes(**changed)
+    check(Parts(fixed))
+    for key, value in changed.items():
+        print(shlex.quote(f'{key}="{value}"'))
+    if not changed:
+        print(f"{file}: nothing to fix")
+    elif out is not None:
+        write_atomically(out, fixed.to_toml())
+
+
+@app.command()
 def attack(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     expression: Annotated[

@@ -30,17 +30,17 @@ from torch import nn
 
 from fedsim import seeds
 from fedsim.audit.vault import VaultRecord, deposit
+from fedsim.client_state import remember, remembered
 from fedsim.data import DataSpec, Split, load_dataset
 from fedsim.defense import REFUSED, Batch, ClientContext, Defense, Refusal, Tensors, Verdict
 from fedsim.local import LocalData
-from fedsim.models import build_model, load_arrays, uploaded_names
+from fedsim.models import build_model, load_arrays, trained_tensors, uploaded_names
 from fedsim.parts import Parts
 from fedsim.placing import places_in, whole
 from fedsim.population import ADDRESS, node_of
 from fedsim.receipts import measured_hook
 from fedsim.scenario import Scenario
 
-STORE = "defense-store"
 Verdicts = dict[str, Verdict]  # by how a refusal begins
 
 
@@ -171,7 +171,7 @@ def _respond(
     names = uploaded_names(model, parts.scenario.model.batchnorm)
     split = _own_data(parts, context)
     data = LocalData(split, parts.device, parts.dtype)
-    ctx = _defense_context(parts, context, cast(int, config["server-round"]), len(data))
+    ctx = _defense_context(parts, context, cast(int, config["server-round"]), len(data), model)
     ctx.model, ctx.places = own[0], places_in(msg.content)
     probe = parts.local.probe(data, ctx)
     _worker.idle = {own: model}  # who refuses it has not touched it: each looks at a copy
@@ -197,7 +197,7 @@ def _respond(
         record = _record(parts, ctx, split, trained.indices, defenses)
         kept = upload if parts.attack is not None and parts.channel.masks else record.upload
         deposit(vault_root(context), dataclasses.replace(record, upload=kept, **_told(verdicts)))
-        _remember(context, ctx.store)
+        remember(context, ctx.store)
     content = RecordDict(
         {
             "arrays": ArrayRecord({name: _array(tensor) for name, tensor in upload.items()}),
@@ -309,27 +309,22 @@ def _own_data(parts: Parts, context: Context) -> Split:
 
 
 def _defense_context(
-    parts: Parts, context: Context, server_round: int, examples: int
+    parts: Parts, context: Context, server_round: int, examples: int, model: nn.Module
 ) -> ClientContext:
     client, seed = cast(int, context.node_config["client"]), parts.scenario.seed
     entropy = context.node_config.get("secret") == "entropy"
-    stored = context.state.array_records.get(STORE, ArrayRecord())
+    plan = parts.local.plan(examples, parts.scenario.federation.rounds)
     return ClientContext(
         client=client,
         round=server_round,
-        plan=parts.local.plan(examples, parts.scenario.federation.rounds),
+        plan=dataclasses.replace(plan, tensors=trained_tensors(model)),
         public=lambda *names: seeds.generator(seed, "client", client, *names),
         secret=lambda *names: seeds.secret_generator(
             seed, "client", client, server_round, *names, entropy=entropy
         ),
-        store={name: torch.from_numpy(array.numpy()) for name, array in stored.items()},
+        store=remembered(context),
         run_id=context.run_id,
     )
-
-
-def _remember(context: Context, store: Tensors) -> None:
-    if store:
-        context.state[STORE] = ArrayRecord({name: _array(t) for name, t in store.items()})
 
 
 def _upload(model: nn.Module, trained: Tensors, names: list[str]) -> Tensors:

@@ -4,7 +4,7 @@ The hooks follow the order in which a client works; a chain ``a | b`` applies a'
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -13,6 +13,7 @@ import torch
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor, nn
 
+from fedsim.accounting import Releases
 from fedsim.attack import Paper, Setting, ToyCase
 
 Place = Literal["gradient", "update"]
@@ -54,7 +55,7 @@ class TrainingPlan:
     """What a local rule will do with ``examples`` examples in a run of ``rounds`` rounds.
 
     ``steps`` is the number of optimizer steps a round, ``sample_rate`` the share of the client's
-    examples in one step.
+    examples in one step, ``tensors`` how many arrays are trained, for who clips each by itself.
     """
 
     kind: Literal["gradient", "weights"]
@@ -63,6 +64,7 @@ class TrainingPlan:
     examples: int
     steps: int
     rounds: int
+    tensors: int = 1
 
     @property
     def sample_rate(self) -> float:
@@ -75,6 +77,7 @@ class Effect:
     """Sums over all calls of one defense in one round at one client.
 
     ``figures`` are what else it tells the auditor of itself, by name: the report shows their mean.
+    ``releases`` are what a formal defense released in this run so far, for the auditor's sums.
     """
 
     changed: bool = False
@@ -83,6 +86,7 @@ class Effect:
     after: float = 0.0
     seconds: float = 0.0
     figures: dict[str, float] = field(default_factory=dict)
+    releases: Releases = ()
 
     def receipt(self) -> dict[str, Any]:
         """Return ``changed``, the cosine to the unchanged update, the norm ratio and seconds."""
@@ -92,6 +96,7 @@ class Effect:
             "cosine": self.dot / norms if norms else None,
             "norm_ratio": (self.after / self.before) ** 0.5 if self.before else None,
             "seconds": self.seconds,
+            **({"releases": [astuple(r) for r in self.releases]} if self.releases else {}),
             **self.figures,
         }
 
@@ -165,12 +170,14 @@ class ServerContext:
     """What the server's part of a defense may know.
 
     ``secret(*names)`` is a generator of the secret stream, the server's own.  ``cohort`` clients
-    train in each of ``rounds`` rounds.
+    train in each of ``rounds`` rounds.  ``figures`` are what each defense tells of what it did
+    here, by its name; one that leaves none did nothing, and fails the run.
     """
 
     cohort: int
     rounds: int
     secret: Callable[..., torch.Generator]
+    figures: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -216,6 +223,13 @@ class Defense:
 
     def check(self, model: nn.Module, kind: str) -> None:
         """Refuse a model or an upload kind that this defense cannot act on (``ValueError``)."""
+
+    def fitting(self, model: str, network: nn.Module) -> str:
+        """Return the expression of a model like ``model`` that :meth:`check` lets pass.
+
+        ``network`` is that model; most defenses take any.  For ``fedsim fix``.
+        """
+        return model
 
     def check_setting(self, setting: Setting) -> None:
         """Refuse a federation in which this defense cannot act as it says (``ValueError``)."""
@@ -361,4 +375,16 @@ def guarantees(
             entering[defense.name][place] = bound
             bound = defense.norm_bound(place, bound)
     found = {d.name: d.privacy(plan, entering[d.name]) for d in defenses if sums or not d.of_sums}
-    return {name: privacy for name, privacy in found.items() if privacy is not None}
+    return {
+        name: privacy
+        for name, privacy in found.items()
+        if privacy is not None and not (privacy.unit == "example" and _mixes(defenses, name))
+    }
+
+
+def _mixes(defenses: Sequence[Defense], name: str) -> bool:
+    """Say whether a defense other than ``name`` touches examples, or makes the gradient of them.
+
+    One example's gradient is then not of one example only, or not the one that is clipped.
+    """
+    return any(d.rank in (Rank.DATA, Rank.GRADIENT) for d in defenses if d.name != name)

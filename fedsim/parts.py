@@ -1,12 +1,13 @@
 """A scenario's components, built and checked against each other before any client trains."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from flwr.serverapp.strategy import Strategy
 from safetensors import SafetensorError
 from torch import nn
 
@@ -14,12 +15,26 @@ from fedsim import registry, seeds
 from fedsim.attack import Attack, Manipulation, Setting
 from fedsim.channel import Channel
 from fedsim.data import DataSet, DataSpec, load_dataset, partition
-from fedsim.defense import BELONGS_BEFORE, Defense, TrainingPlan, guarantees
+from fedsim.defense import (
+    BELONGS_BEFORE,
+    Defense,
+    ServerContext,
+    TrainingPlan,
+    guarantees,
+)
 from fedsim.errors import ScenarioError
 from fedsim.federation import build_strategy, least_share, unfit_strategy
 from fedsim.files import unwritable
 from fedsim.local import Local
-from fedsim.models import initial_model, is_buffer, load_arrays, saved_weights, travelling
+from fedsim.models import (
+    build_model,
+    initial_model,
+    is_buffer,
+    load_arrays,
+    saved_weights,
+    trained_tensors,
+    travelling,
+)
 from fedsim.scenario import Scenario
 from fedsim.threat import ORACLES, THREAT_MODELS, least_model
 from fedsim.view import ServerView
@@ -130,6 +145,16 @@ class Parts:
             expression = defense.architecture(expression)
         return expression
 
+    def plan(self, examples: int) -> TrainingPlan:
+        """What a client with so many examples will do."""
+        plan = self.local.plan(examples, self.scenario.federation.rounds)
+        return replace(plan, tensors=self.trained_tensors)
+
+    @cached_property
+    def trained_tensors(self) -> int:
+        """How many arrays of the shared model are trained."""
+        return trained_tensors(build_model(self.architecture, self.spec))
+
     def model(self, expression: str | None = None) -> nn.Module:
         """Return the federation's model, or another, with the weights that training starts from.
 
@@ -180,6 +205,34 @@ def _spec(expression: str) -> DataSpec:
     return load_dataset(expression).spec
 
 
+def server_context(parts: Parts) -> ServerContext:
+    """Return what the server's part of the defenses may know."""
+    federation, seed = parts.scenario.federation, parts.scenario.seed
+    return ServerContext(
+        cohort=int(federation.clients * federation.fraction),
+        rounds=federation.rounds,
+        secret=lambda *names: seeds.secret_generator(seed, "server", *names),
+    )
+
+
+def defended_strategy(parts: Parts, ctx: ServerContext) -> Strategy:
+    """Build the Flower strategy, with what defenses have the server itself do around it.
+
+    Raises
+    ------
+    ScenarioError
+        If a defense cannot act around this strategy.
+    """
+    federation = parts.scenario.federation
+    strategy = build_strategy(federation.strategy, federation.fraction)
+    for defense in parts.defenses:
+        try:
+            strategy = defense.strategy(strategy, ctx)
+        except ValueError as error:
+            raise ScenarioError("federation.strategy", federation.strategy, str(error)) from error
+    return strategy
+
+
 def check(parts: Parts, *, here: bool = True, captured: Sequence[ServerView] | None = None) -> None:
     """Refuse, before any client trains, whatever cannot run or would silently do nothing.
 
@@ -225,7 +278,7 @@ def _check_statistics(parts: Parts, model: nn.Module) -> None:
         raise ScenarioError("model.batchnorm", policy, f"{remedy}that has it (resnet20)")
     if policy == "private":
         return
-    plan = parts.local.plan(len(parts.partitions[0]), parts.scenario.federation.rounds)
+    plan = parts.plan(len(parts.partitions[0]))
     if promising := sorted(guarantees(parts.defenses, plan, sums=parts.channel.aggregates)):
         remedy = f"the statistics bypass {promising[0]} and void its guarantee; use 'frozen'"
         raise ScenarioError("model.batchnorm", policy, f"{remedy} or 'private'")
@@ -242,6 +295,7 @@ def _check_federation(parts: Parts) -> None:
     strategy = build_strategy(federation.strategy, federation.fraction)
     if reason := unfit_strategy(strategy, parts.local.kind, cohort, channel.aggregates):
         raise ScenarioError("federation.strategy", federation.strategy, reason)
+    defended_strategy(parts, server_context(parts))
     most = max(map(len, parts.partitions))
     try:
         parts.local.check(most)

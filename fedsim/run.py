@@ -21,11 +21,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
-from fedsim import registry, report, seeds
+from fedsim import registry, report
 from fedsim.adversary import build_knowledge, reconstruct
 from fedsim.attack import Active, Manipulation
 from fedsim.data import DataSpec, Split, split_test
-from fedsim.defense import Privacy, ServerContext, guarantees
+from fedsim.defense import Defense, Privacy, ServerContext, guarantees
 from fedsim.errors import RunFailed
 from fedsim.federation import Applied, Refereed, build_strategy
 from fedsim.interception import Interception
@@ -33,7 +33,7 @@ from fedsim.isolation import parent as isolation
 from fedsim.isolation.walls import cell
 from fedsim.manipulated import manipulation_facts
 from fedsim.models import build_model, load_arrays, save_weights, travelling
-from fedsim.parts import Parts
+from fedsim.parts import Parts, defended_strategy, server_context
 from fedsim.population import Ledger, Population, Tap, client_of
 from fedsim.progress import Progress
 from fedsim.run_folder import RunFolder, plainly
@@ -69,8 +69,9 @@ def federate(parts: Parts, grid: Grid, context: Context, folder: RunFolder) -> b
     secure aggregation halted, in every round.
     """
     scenario = parts.scenario
-    role, receipts, knowledge = _server(parts, folder)
-    history = History(parts, Ledger(), receipts, knowledge)
+    acting = server_context(parts)
+    role, receipts, knowledge = _server(parts, folder, acting)
+    history = History(parts, Ledger(), receipts, knowledge, acting.figures)
 
     def on_round(server_round: int, seconds: float) -> None:
         folder.event("round", round=server_round, seconds=seconds)
@@ -139,10 +140,12 @@ def _only_refused(parts: Parts, ledger: Ledger, folder: RunFolder) -> bool:
     return not arrived and ledger.only_refusals()
 
 
-def _server(parts: Parts, folder: RunFolder) -> tuple[Strategy, list[str], Knowledge | None]:
+def _server(
+    parts: Parts, folder: RunFolder, acting: ServerContext
+) -> tuple[Strategy, list[str], Knowledge | None]:
     """Build the strategy in its role; what the role writes down, and what it may know."""
     lr = parts.local.lr if parts.local.kind == "gradient" else None
-    applied = Applied(_defended(parts), lr)
+    applied = Applied(defended_strategy(parts, acting), lr)
     if parts.attack is None:
         return applied, [], None
     views, kind = folder.path / "views", parts.local.kind
@@ -156,20 +159,6 @@ def _server(parts: Parts, folder: RunFolder) -> tuple[Strategy, list[str], Knowl
         applied, views, kind, attack=parts.attack, knowledge=knowledge, seal=cell(parts, folder)
     )
     return role, role.receipts, knowledge
-
-
-def _defended(parts: Parts) -> Strategy:
-    """Build the Flower strategy, with what defenses have the server itself do around it."""
-    scenario = parts.scenario
-    ctx = ServerContext(
-        cohort=int(scenario.federation.clients * scenario.federation.fraction),
-        rounds=scenario.federation.rounds,
-        secret=lambda *names: seeds.secret_generator(scenario.seed, "server", *names),
-    )
-    strategy = build_strategy(scenario.federation.strategy, scenario.federation.fraction)
-    for defense in parts.defenses:
-        strategy = defense.strategy(strategy, ctx)
-    return strategy
 
 
 def _population(parts: Parts, grid: Grid, ledger: Ledger, folder: RunFolder) -> Population:
@@ -292,14 +281,16 @@ def accuracy(parts: Parts, arrays: ArrayRecord, split: Split, expression: str) -
 class History:
     """What ``federation.json`` tells, as it happens.
 
-    ``knowledge`` is a manipulator's, whose uses while it crafts are grants used; ``seconds`` are
-    those of a federation that is done, without its baseline.
+    ``knowledge`` is a manipulator's, whose uses while it crafts are grants used; ``server`` is
+    what defenses had the server do; ``seconds`` are those of a federation that is done, without
+    its baseline.
     """
 
     parts: Parts
     ledger: Ledger
     receipts: list[str]
     knowledge: Knowledge | None
+    server: dict[str, dict[str, float]] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
     seconds: float | None = None
     manipulation: dict[str, Any] | None = None
@@ -310,7 +301,7 @@ class History:
         sizes = [len(own) for own in self.parts.partitions]
         least: dict[str, Privacy] = {}
         for examples in {min(sizes), max(sizes)}:
-            plan = self.parts.local.plan(examples, self.parts.scenario.federation.rounds)
+            plan = self.parts.plan(examples)
             sums = self.parts.channel.aggregates
             for name, found in guarantees(self.parts.defenses, plan, sums=sums).items():
                 if name not in least or found.epsilon > least[name].epsilon:
@@ -336,9 +327,15 @@ class History:
             "used": sorted(capability.value for capability in used),
             "channel": {"name": self.parts.channel.name, **self.parts.channel.figures()},
             "defenses_expected": [
-                {"name": d.name, "must_change": d.changes_upload} for d in self.parts.defenses
+                {
+                    "name": d.name,
+                    "must_change": d.changes_upload,
+                    "at_server": type(d).strategy is not Defense.strategy,
+                }
+                for d in self.parts.defenses
             ],
             "privacy": self.privacy,
+            "server": self.server,
             "refusals": ledger.refusals(federation.clients),
             "manipulation": self.manipulation,
         }

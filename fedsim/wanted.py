@@ -108,7 +108,17 @@ def example(schema: Mapping[str, Any]) -> object:
 
 
 def meanings(component: object) -> dict[str, str]:
-    """Return what a component's docstring (NumPy style) says of each parameter: a sentence."""
+    """Return what a component's docstring (NumPy style) says of each parameter: a sentence.
+
+    Of a class, what its bases say of theirs too.
+    """
+    if not inspect.isclass(component):
+        return _meanings(component)
+    bases = [base for base in reversed(component.__mro__) if base.__doc__]
+    return {name: said for base in bases for name, said in _meanings(base).items()}
+
+
+def _meanings(component: object) -> dict[str, str]:
     section = (inspect.getdoc(component) or "").partition("Parameters\n----------\n")[2]
     section = re.split(r"\n\w[\w ]*\n---", section)[0]
     told: dict[str, list[str]] = {}

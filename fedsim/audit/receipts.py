@@ -4,8 +4,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fedsim.accounting import Release, Releases, epsilon
 from fedsim.attack import Active, Manipulation, Reconstruction
-from fedsim.audit.schema import DefensePart, DefenseReceipts, Detection, Epsilon
+from fedsim.audit.schema import DefensePart, DefenseReceipts, Detection, Epsilon, Spent
 from fedsim.audit.vault import VaultRecord
 from fedsim.reconstructions import Facts
 from fedsim.registry import components
@@ -19,21 +20,44 @@ def defense_parts(
 ) -> list[DefensePart]:
     """Sum up the clients' receipts, one part for each defense in the order of the chain."""
     receipts: dict[str, list[Mapping[str, Any]]] = {}
+    ledgers: dict[str, dict[int, tuple[int, Releases]]] = {}
     for expected in federation.get("defenses_expected") or []:
         receipts[expected["name"]] = []
-    for record in records:
+    for record in sorted(records, key=lambda record: record.round):
         for receipt in record.receipts:
             receipts.setdefault(receipt["name"], []).append(receipt)
+            if rows := receipt.get("releases"):
+                found = tuple(Release(*row) for row in rows)
+                ledgers.setdefault(receipt["name"], {})[record.client] = record.round, found
     promises = {p["name"]: p for p in federation.get("privacy") or []}
+    acts = federation.get("server") or {}
     return [
         DefensePart(
             name=name,
             parameters=dict(found[0].get("parameters") or {}) if found else {},
             receipts=_sum_up(found) if found else None,
             epsilon=_epsilon(promises[name]) if name in promises else None,
+            # Without a guarantee a ledger's sum would be a figure about nothing.
+            spent=_spent(ledgers.get(name, {}), promises[name]) if name in promises else [],
+            server=acts.get(name),
         )
         for name, found in receipts.items()
     ]
+
+
+def _spent(ledgers: Mapping[int, tuple[int, Releases]], promise: Mapping[str, Any]) -> list[Spent]:
+    """Return what each client's ledger comes to, those who spent most first."""
+    spent = [
+        Spent(
+            client=client,
+            round=server_round,
+            releases=sum(release.count for release in found),
+            epsilon=finite_or_none(epsilon(found, promise["delta"])),
+        )
+        for client, (server_round, found) in ledgers.items()
+    ]
+    infinite = float("inf")
+    return sorted(spent, key=lambda s: (-(infinite if s.epsilon is None else s.epsilon), s.client))
 
 
 def _sum_up(receipts: Sequence[Mapping[str, Any]]) -> DefenseReceipts:
@@ -110,6 +134,9 @@ def idle_defense(parts: Sequence[DefensePart], federation: Mapping[str, Any]) ->
     by_name = {part.name: part for part in parts}
     for expected in federation.get("defenses_expected") or []:
         part = by_name[expected["name"]]
+        at_server_only = expected.get("at_server") and not expected.get("must_change")
+        if at_server_only and not part.server:
+            return f"defense {part.name!r} is switched on and the server did nothing of it"
         if not expected.get("must_change"):
             continue
         if part.receipts is None:

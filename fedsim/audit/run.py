@@ -37,6 +37,7 @@ class Federation(TypedDict, total=False):
     channel: dict[str, Any]
     defenses_expected: list[dict[str, Any]]
     privacy: list[dict[str, Any]]
+    server: dict[str, dict[str, float]]
     refusals: list[dict[str, Count]]
     manipulation: dict[str, float | int | None] | None
 

@@ -222,13 +222,31 @@ class Epsilon(_Part):
     mechanism: str = ""
 
 
+class Spent(_Part):
+    """What one client spent: epsilon of all its releases up to its last deposit, in ``round``.
+
+    ``releases`` counts Gaussian mechanisms; ``epsilon`` is null where there is none that is finite.
+    """
+
+    client: int
+    round: int
+    releases: int
+    epsilon: FiniteFloat | None = None
+
+
 class DefensePart(_Part):
-    """One defense of the chain."""
+    """One defense of the chain.
+
+    ``epsilon`` is what was promised before the run; ``spent`` what each client's ledger holds,
+    the most first.  ``server`` is what the defense had the server do, where it has a part there.
+    """
 
     name: str
     parameters: dict[str, Any] = {}
     receipts: DefenseReceipts | None = None
     epsilon: Epsilon | None = None
+    spent: list[Spent] = []
+    server: dict[str, FiniteFloat] | None = None
 
 
 class Detection(_Part):

@@ -63,6 +63,11 @@ def travelling(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def trained_tensors(model: nn.Module) -> int:
+    """Return how many arrays of a model are trained."""
+    return sum(parameter.requires_grad for parameter in model.parameters())
+
+
 def is_buffer(name: str) -> bool:
     """Say whether a travelling array is a BatchNorm statistic rather than a parameter."""
     return name.endswith((".running_mean", ".running_var"))

@@ -270,11 +270,35 @@ attack made. Of three, the one that leaks most by this run's criterion stands fo
 δ = {{ defense.epsilon.delta | figure }}{% endif %}{% else %}no finite ε{% endif %}\
 <br><span class="quiet">{{ [defense.epsilon.unit, defense.epsilon.relation, \
 defense.epsilon.mechanism] | select | join(', ') }}</span>\
+{% if defense.spent %}<br>spent: ε = {{ defense.spent[0].epsilon | figure }} at most{% endif %}\
 {% else %}<span class="no">none proven</span>{% endif %}</td></tr>
 {% endfor %}
 </tbody>
 </table>
 </div>
+{% for defense in report.defenses if defense.server %}
+<p>At the server, {{ defense.name }}: {% for name, value in defense.server.items() %}\
+{{ name }} {{ value | figure }}{{ '' if loop.last else ', ' }}{% endfor %}.</p>
+{% endfor %}
+{% for defense in report.defenses if defense.spent %}
+<h3>What {{ defense.name }} spent</h3>
+<div class="table" tabindex="0" role="region" aria-label="Privacy spent">
+<table>
+<caption>Each client's ledger: ε of all that it released, at δ = \
+{{ defense.epsilon.delta | figure }}{% if defense.spent | length > shown %} ({{ shown }} of \
+{{ defense.spent | length }}, those who spent most; all are in report.json){% endif %}</caption>
+<thead><tr><th scope="col">Client</th><th scope="col">Up to round</th>\
+<th scope="col" class="number">Releases</th><th scope="col" class="number">ε spent</th></tr></thead>
+<tbody>
+{% for one in defense.spent[:shown] %}
+<tr><th scope="row">{{ one.client }}</th><td>{{ one.round }}</td>\
+<td class="number">{{ one.releases | count }}</td><td class="number">{{ one.epsilon | figure }}\
+</td></tr>
+{% endfor %}
+</tbody>
+</table>
+</div>
+{% endfor %}
 {% else %}<p>None: clients uploaded what training gave.</p>{% endif %}
 {% if report.detection %}
 <h3>What clients thought of the models they were sent</h3>

@@ -15,25 +15,27 @@ protocol's quantization.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field
 
-from clients.defenses.formal.gaussian import epsilon_of
 from clients.defenses.perturbation.clip import clipped
 from clients.defenses.toy import RATIO_ATTACK
+from clients.ledger import Accounted
+from clients.noise import noised
+from fedsim.accounting import Release, Releases
 from fedsim.attack import Paper, Setting, ToyCase
-from fedsim.defense import ClientContext, Defense, Place, Privacy, Rank, Tensors, TrainingPlan
+from fedsim.defense import ClientContext, Place, Privacy, Rank, Tensors, TrainingPlan
 from fedsim.registry import register
 
 
 @register("defense", "distributed-dp")
 @dataclass(frozen=True, kw_only=True)
-class DistributedDP(Defense):
+class DistributedDP(Accounted):
     """Clip the upload to ``norm``, and add one client's share of the noise of the whole sum.
+
+    Epsilon is told behind a channel that lets the server read sums only.
 
     Parameters
     ----------
@@ -44,8 +46,6 @@ class DistributedDP(Defense):
     cohort : int
         ``C``: how many clients each believes are in the sum.  A scenario may not name more than
         can be; who they are nobody checks, which is what a server with sybils lives on.
-    delta : float
-        The delta at which epsilon is told, behind a channel that lets the server read sums only.
     """
 
     paper: ClassVar[Paper] = Paper(
@@ -69,7 +69,6 @@ class DistributedDP(Defense):
     norm: Annotated[float, Field(gt=0)] = 1.0
     sigma: Annotated[float, Field(gt=0)] = 0.1
     cohort: Annotated[int, Field(ge=2)] = 8
-    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
 
     @property
     def share(self) -> float:
@@ -87,30 +86,27 @@ class DistributedDP(Defense):
 
     def transform_update(self, update: Tensors, ctx: ClientContext) -> Tensors:
         """Clip, then add this client's share, from its secret stream."""
-        generator = ctx.secret(self.name, ctx.round, ctx.step)
-        noised = {}
-        for name, tensor in clipped(update, self.norm).items():
-            noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-            noised[name] = tensor + self.share * noise.to(tensor.device)
-        return noised
+        sent = noised(clipped(update, self.norm), self.share, self.noise(ctx))
+        self.spend(ctx)
+        return sent
 
     def norm_bound(self, at: Place, entering: float | None) -> float | None:
         """Return None after the noise: it has no bound."""
         return entering if at == "gradient" else None
 
-    def privacy(
-        self,
-        plan: TrainingPlan,
-        entering: Mapping[Place, float | None],  # noqa: ARG002 - it clips by itself
-    ) -> Privacy | None:
-        """Return client-level epsilon of the sum over all rounds, if the cohort is honest.
+    def releases(self, plan: TrainingPlan, before: int) -> Releases:  # noqa: ARG002 - all alike
+        """One mechanism a round, on the sum.
 
-        What is released is a sum to which ``C - 1`` others add noise of ``sigma c`` in all, and
-        replacing one client's data moves it by at most ``2 c``.  All clients weigh alike.
+        ``C - 1`` others add noise of ``sigma c`` in all, and replacing one client's data moves the
+        sum by at most ``2 c``.
         """
+        return (Release(self.sigma / 2),)
+
+    def guarantee(self, epsilon: float, plan: TrainingPlan) -> Privacy:
+        """Client level, of the sum over all rounds, if the cohort is honest and weighs alike."""
         std, sensitivity = self.sigma * self.norm, 2 * self.norm
         return Privacy(
-            epsilon=epsilon_of(std, sensitivity, plan.rounds, self.delta),
+            epsilon=epsilon,
             delta=self.delta,
             unit="client",
             relation="replace-one",

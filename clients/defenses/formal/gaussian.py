@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import dp_accounting
-import torch
 from pydantic import Field
 
 from clients.defenses.toy import RATIO_ATTACK
+from clients.noise import noised
+from fedsim.accounting import Release
+from fedsim.accounting import epsilon as total
 from fedsim.attack import Paper, ToyCase
 from fedsim.defense import ClientContext, Defense, Place, Privacy, Rank, Tensors, TrainingPlan
 from fedsim.registry import register
@@ -77,10 +78,7 @@ class Gaussian(Defense):
         return self._noised(update, ctx) if self.at == "update" else update
 
     def _noised(self, tensors: Tensors, ctx: ClientContext) -> Tensors:
-        generator = ctx.secret(self.name, ctx.round, ctx.step)
-        return {
-            name: tensor + self.std * _normal(tensor, generator) for name, tensor in tensors.items()
-        }
+        return noised(tensors, self.std, ctx.secret(self.name, ctx.round, ctx.step))
 
     def norm_bound(self, at: Place, entering: float | None) -> float | None:
         """Return None where the noise is added: it has no bound."""
@@ -110,10 +108,4 @@ class Gaussian(Defense):
 
 def epsilon_of(std: float, sensitivity: float, releases: int, delta: float) -> float:
     """Return epsilon of ``releases`` Gaussian mechanisms on the same data, at ``delta``."""
-    sigma = std / (sensitivity * releases**0.5)
-    return float(dp_accounting.get_epsilon_gaussian(sigma, delta))
-
-
-def _normal(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-    return noise.to(tensor.device)
+    return total((Release(std / sensitivity, count=releases),), delta)

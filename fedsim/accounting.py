@@ -1,0 +1,120 @@
+"""What Gaussian releases cost together: epsilon at delta, by dp-accounting.
+
+A release is the Gaussian mechanism on a sum over the records drawn: each record by itself with
+probability ``rate`` (Poisson sampling), noise of standard deviation ``multiplier`` times the
+sensitivity.  Releases of different noise and rate compose.
+
+Without sampling, mechanisms of multipliers ``z_t`` are one of ``1 / sqrt(sum 1/z_t^2)`` exactly
+(Dong, Roth, Su 2022, Cor. 3.3), whose epsilon is that of Balle and Wang 2018, Theorem 8.  With it,
+privacy loss distributions are composed (Koskela et al. 2020; Doroshenko et al. 2022), rounded up
+so that epsilon is never told too small.  The Renyi accountant (Mironov 2017; Mironov et al. 2019)
+is looser and quick.
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import dp_accounting
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
+
+# The step of privacy losses, beside epsilon: errors stay below 1 % at 14,000 steps, and a client's
+# ledger takes a tenth of a second where a step of 1e-4 takes a minute for little noise.
+STEP = 2e-4
+
+
+@dataclass(frozen=True)
+class Release:
+    """``count`` Gaussian mechanisms, each of ``multiplier`` (std / sensitivity) at one rate."""
+
+    multiplier: float
+    rate: float = 1.0
+    count: int = 1
+
+
+Releases = tuple[Release, ...]
+
+
+def merged(releases: Releases) -> Releases:
+    """Return the same releases with equal ones counted together: order does not matter."""
+    counts: dict[tuple[float, float], int] = {}
+    for release in releases:
+        if release.rate > 0 and release.count > 0:  # who is never drawn is never told of
+            key = release.multiplier, release.rate
+            counts[key] = counts.get(key, 0) + release.count
+    return tuple(Release(*key, count) for key, count in sorted(counts.items()))
+
+
+def epsilon(releases: Releases, delta: float) -> float:
+    """Return an upper bound of epsilon at ``delta``, tight to 1 %; infinite without noise."""
+    return _epsilon(merged(releases), delta)
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(releases: Releases, delta: float) -> float:
+    if not releases:
+        return 0.0
+    if any(release.multiplier <= 0 for release in releases):
+        return math.inf
+    if all(release.rate == 1 for release in releases):
+        return gaussian_epsilon(whole(releases), delta)
+    step = STEP * max(1.0, renyi_epsilon(releases, delta))
+    accountant = PLDAccountant(value_discretization_interval=step)
+    return _composed(accountant, releases, delta)
+
+
+@lru_cache(maxsize=4096)
+def renyi_epsilon(releases: Releases, delta: float) -> float:
+    """Return epsilon at ``delta`` by the Renyi accountant: larger, and quick to compute."""
+    return _composed(RdpAccountant(), merged(releases), delta)
+
+
+def gaussian_epsilon(multiplier: float, delta: float) -> float:
+    """Return epsilon of one Gaussian mechanism, exactly."""
+    return float(dp_accounting.get_epsilon_gaussian(multiplier, delta))
+
+
+def gaussian_multiplier(epsilon: float, delta: float) -> float:
+    """Return the least multiplier with which one Gaussian mechanism has this epsilon at delta."""
+    return float(dp_accounting.get_sigma_gaussian(epsilon, delta))
+
+
+def whole(releases: Releases) -> float:
+    """Return the multiplier of the one mechanism that unsampled releases are together."""
+    return 1 / math.sqrt(sum(r.count / r.multiplier**2 for r in releases))
+
+
+def exceeds(releases: Releases, delta: float, budget: float) -> bool:
+    """Say whether epsilon is above ``budget``; quickly, where the looser bound is not."""
+    if any(release.multiplier <= 0 for release in releases):
+        return True
+    if renyi_epsilon(merged(releases), delta) <= budget:
+        return False
+    return epsilon(releases, delta) > budget
+
+
+def _composed(accountant: Any, releases: Releases, delta: float) -> float:
+    with _quiet():
+        for release in releases:
+            event = dp_accounting.GaussianDpEvent(release.multiplier)
+            if release.rate < 1:
+                event = dp_accounting.PoissonSampledDpEvent(release.rate, event)
+            accountant.compose(event, release.count)
+        return float(accountant.get_epsilon(delta))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the accountant from warning of orders that it leaves out: any order is a bound."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,98 @@
+"""Epsilon: the anchors of other accountants, and what composition may not change."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedsim.accounting import (
+    Release,
+    epsilon,
+    exceeds,
+    gaussian_epsilon,
+    gaussian_multiplier,
+    merged,
+    renyi_epsilon,
+    whole,
+)
+
+DELTA = 1e-5
+# multiplier, rate, count; Renyi and privacy loss distributions at delta 1e-5
+ANCHORS = [
+    (1.1, 256 / 60_000, 14_062, 2.597, 2.382),
+    (1.0, 0.1, 100, 7.904, 7.047),
+    (10.0, 1.0, 100, 4.729, 4.377),
+    (1.0, 1.0, 1, 4.729, 4.377),
+    (0.8, 0.01, 1000, 3.696, 3.141),
+]
+
+
+@pytest.mark.parametrize(("multiplier", "rate", "count", "renyi", "pld"), ANCHORS)
+def test_the_anchors(multiplier: float, rate: float, count: int, renyi: float, pld: float) -> None:
+    releases = (Release(multiplier, rate, count),)
+    assert renyi_epsilon(releases, DELTA) == pytest.approx(renyi, abs=2e-3)
+    assert epsilon(releases, DELTA) == pytest.approx(pld, rel=2e-3)
+    assert epsilon(releases, DELTA) >= pld - 1e-3  # never told too small
+
+
+def test_layers_clipped_each_by_itself_cost_the_root_of_their_number() -> None:
+    for layers, told in ((1, 0.60), (3, 1.12), (8, 2.01), (62, 11.4)):
+        found = epsilon((Release(6 / math.sqrt(layers), 0.01, 10_000),), DELTA)
+        assert found == pytest.approx(told, rel=0.01)
+
+
+def test_another_accountant_agrees() -> None:
+    """That of opacus, by privacy random variables: 7.057 and 2.392 where ours says 7.047, 2.382."""
+    opacus = pytest.importorskip("opacus.accountants")
+    for multiplier, rate, count in ((1.0, 0.1, 100), (0.8, 0.01, 1000)):
+        theirs = opacus.PRVAccountant()
+        theirs.history = [(multiplier, rate, count)]
+        ours = epsilon((Release(multiplier, rate, count),), DELTA)
+        assert ours == pytest.approx(theirs.get_epsilon(DELTA), abs=0.02)
+
+
+def test_a_hundred_rounds_of_flowers_local_noise_are_not_what_they_are_called() -> None:
+    textbook = math.sqrt(2 * math.log(1.25 / DELTA))
+    assert epsilon((Release(textbook, 1.0, 100),), DELTA) == pytest.approx(10.4, abs=0.05)
+    assert epsilon((Release(textbook / 2, 1.0, 100),), DELTA) == pytest.approx(25.4, abs=0.05)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.floats(0.5, 20), st.integers(1, 30)), min_size=1, max_size=5))
+def test_unsampled_releases_are_one_mechanism(parts: list[tuple[float, int]]) -> None:
+    releases = tuple(Release(z, 1.0, count) for z, count in parts)
+    precision = sum(count / z**2 for z, count in parts)
+    assert whole(releases) == pytest.approx(precision**-0.5)
+    assert epsilon(releases, DELTA) == pytest.approx(gaussian_epsilon(precision**-0.5, DELTA))
+    assert epsilon(releases[::-1] + releases[:0], DELTA) == pytest.approx(epsilon(releases, DELTA))
+
+
+def test_noise_and_epsilon_are_each_others_inverse() -> None:
+    for wanted in (0.1, 1.0, 8.0, 100.0):
+        multiplier = gaussian_multiplier(wanted, DELTA)
+        assert gaussian_epsilon(multiplier, DELTA) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_mixed_releases_cost_more_than_either_and_less_than_their_sum() -> None:
+    drawn, every = (Release(1.0, 0.1, 20),), (Release(3.0, 1.0, 2),)
+    both = epsilon(drawn + every, DELTA)
+    assert max(epsilon(drawn, DELTA), epsilon(every, DELTA)) < both
+    assert both < epsilon(drawn, DELTA) + epsilon(every, DELTA)
+
+
+def test_nothing_released_costs_nothing_and_no_noise_everything() -> None:
+    assert epsilon((), DELTA) == epsilon((Release(1.0, 0.0),), DELTA) == 0
+    assert math.isinf(epsilon((Release(0.0),), DELTA))
+    assert exceeds((Release(0.0),), DELTA, 1e9)
+
+
+def test_equal_releases_are_counted_together() -> None:
+    one, other = Release(1.0, 0.5, 2), Release(2.0, 0.5, 1)
+    assert merged((one, other, one)) == (Release(1.0, 0.5, 4), other)
+
+
+@pytest.mark.parametrize("budget", [6.9, 7.0, 7.06, 7.5, 8.0])
+def test_a_budget_is_held_against_the_tighter_bound(budget: float) -> None:
+    releases = (Release(1.0, 0.1, 100),)
+    assert exceeds(releases, DELTA, budget) == (epsilon(releases, DELTA) > budget)
