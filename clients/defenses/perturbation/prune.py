@@ -1,18 +1,29 @@
-"""Magnitude pruning: upload the largest coordinates only (gradient compression).
+"""Pruning: upload some coordinates only (gradient compression).
 
 Aji and Heafield, "Sparse Communication for Distributed Gradient Descent", EMNLP 2017, drop the
 smallest coordinates by absolute value; Zhu, Liu, Han, "Deep Leakage from Gradients", NeurIPS 2019,
 Sec. 5.3, propose it as a defense.  Per tensor, as the defense papers' code has it, or global.
-What is dropped is gone: no error feedback.
+A share drawn at random, or all below a fixed magnitude (Strom, Interspeech 2015, without his
+rounding to the threshold), are the two other classic rules.
+
+What is dropped is gone, unless ``feedback`` keeps it for a later round (Lin et al., ICLR 2018):
+``a = g + e``, ``s = pruned(a)``, ``e <- a - s``.
+
+It promises nothing.  Zeros show which coordinates were dropped: matching on the others alone, and
+taking the rest for "small", undoes much of it (``bayes``, ``hcgla``, ``rog``).  With feedback the
+dropped part arrives later: who adds up the rounds has it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from clients.defenses.perturbation.sparse import Scope, tell_sparsity, with_feedback, within
 from clients.defenses.toy import RATIO_ATTACK
 from fedsim.attack import Paper, ToyCase
 from fedsim.defense import ClientContext, Defense, Place, Rank, Tensors
@@ -22,16 +33,23 @@ from fedsim.registry import register
 @register("defense", "prune")
 @dataclass(frozen=True, kw_only=True)
 class Prune(Defense):
-    """Set the smallest share ``ratio`` of the coordinates to zero.
+    """Set all coordinates to zero but those chosen ``by`` size, chance or a threshold.
 
-    Exactly ``max(1, round(size * (1 - ratio)))`` coordinates of each tensor (or of all together)
-    are kept, also where many are equal: a percentile as threshold would keep a tensor of mostly
-    zeros whole.
+    By size and by chance exactly ``max(1, round(size * (1 - ratio)))`` coordinates of each tensor
+    (or of all together) are kept, also where many are equal: a percentile as threshold would keep a
+    tensor of mostly zeros whole.
 
     Parameters
     ----------
     ratio : float
-        Share that is dropped.
+        Share that is dropped, by top-k and random.
+    by : {"top-k", "random", "threshold"}
+        Keep the largest by magnitude; a secret draw anew for every upload, not scaled up for what
+        it drops; or all whose magnitude is at least ``threshold``.
+    threshold : float
+        Absolute, in the unit of what is pruned; for ``by="threshold"`` and nothing else.
+    feedback : bool
+        Keep what is dropped, and add it to the next.
     scope : {"layer", "global"}
         Whether coordinates compete within their tensor or all together.
     at : {"update", "gradient"}
@@ -65,36 +83,73 @@ class Prune(Defense):
     )
 
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.9
-    scope: Literal["layer", "global"] = "layer"
+    by: Literal["top-k", "random", "threshold"] = "top-k"
+    threshold: Annotated[float, Field(gt=0)] | None = None
+    feedback: bool = False
+    scope: Scope = "layer"
     at: Place = "update"
 
-    def transform_gradient(self, gradient: Tensors, ctx: ClientContext) -> Tensors:  # noqa: ARG002
+    def __post_init__(self) -> None:
+        """Refuse a threshold that would not be read, and its absence where it would.
+
+        Raises
+        ------
+        ValueError
+            Saying which of the two to write.
+        """
+        if self.by == "threshold" and self.threshold is None:
+            raise ValueError("by='threshold' needs one: write threshold=1e-3, say")
+        if self.by != "threshold" and self.threshold is not None:
+            raise ValueError(f"by={self.by!r} reads no threshold; write by='threshold'")
+
+    def transform_gradient(self, gradient: Tensors, ctx: ClientContext) -> Tensors:
         """Prune one step's gradient."""
-        return self._pruned(gradient) if self.at == "gradient" else gradient
+        return self._pruned(gradient, ctx) if self.at == "gradient" else gradient
 
-    def transform_update(self, update: Tensors, ctx: ClientContext) -> Tensors:  # noqa: ARG002
+    def transform_update(self, update: Tensors, ctx: ClientContext) -> Tensors:
         """Prune the upload."""
-        return self._pruned(update) if self.at == "update" else update
+        return self._pruned(update, ctx) if self.at == "update" else update
 
-    def norm_bound(self, at: Place, entering: float | None) -> float | None:  # noqa: ARG002
-        """Return the bound that was there: setting coordinates to zero lengthens nothing."""
-        return entering
+    def norm_bound(self, at: Place, entering: float | None) -> float | None:
+        """Return the bound that was there: zeros lengthen nothing, what was kept back may."""
+        return None if self.feedback and at == self.at else entering
 
-    def _pruned(self, tensors: Tensors) -> Tensors:
-        if self.scope == "layer":
-            return {name: largest(tensor, self.ratio) for name, tensor in tensors.items()}
-        joined = torch.cat([tensor.flatten() for tensor in tensors.values()])
-        parts = torch.split(largest(joined, self.ratio), [t.numel() for t in tensors.values()])
-        return {
-            name: part.view_as(tensor)
-            for (name, tensor), part in zip(tensors.items(), parts, strict=True)
-        }
+    def _pruned(self, tensors: Tensors, ctx: ClientContext) -> Tensors:
+        compress = partial(within, self.scope, choose=self._rule(ctx))
+        if self.feedback:
+            sent = with_feedback(self, self.at, tensors, ctx, compress)
+        else:
+            sent = compress(tensors)
+        tell_sparsity(self, sent, ctx)
+        return sent
+
+    def _rule(self, ctx: ClientContext) -> Callable[[Tensor], Tensor]:
+        """Return what maps a flat vector to the indices that are kept."""
+        if self.by == "top-k":
+            return partial(top, ratio=self.ratio)
+        if self.by == "random":
+            generator = ctx.secret(self.name, ctx.round, ctx.step)
+            return partial(drawn, ratio=self.ratio, generator=generator)
+        limit = self.threshold or 0.0
+        return lambda flat: (flat.abs() >= limit).nonzero().flatten()
 
 
 def largest(tensor: Tensor, ratio: float) -> Tensor:
     """Return a tensor's largest coordinates by magnitude, zero elsewhere."""
-    flat = tensor.flatten()
-    kept = flat.abs().topk(max(1, round(flat.numel() * (1 - ratio)))).indices
-    pruned = torch.zeros_like(flat)
-    pruned[kept] = flat[kept]
-    return pruned.view_as(tensor)
+    return within("layer", {"": tensor}, partial(top, ratio=ratio))[""]
+
+
+def top(flat: Tensor, ratio: float) -> Tensor:
+    """Return the indices of all but the smallest share ``ratio`` by magnitude."""
+    return flat.abs().topk(left(flat.numel(), ratio)).indices
+
+
+def drawn(flat: Tensor, ratio: float, generator: torch.Generator) -> Tensor:
+    """Return the indices of a share ``1 - ratio`` drawn without replacement."""
+    order = torch.randperm(flat.numel(), generator=generator)
+    return order[: left(flat.numel(), ratio)].to(flat.device)
+
+
+def left(size: int, ratio: float) -> int:
+    """Return how many of ``size`` stay when the share ``ratio`` is dropped: at least one."""
+    return max(1, round(size * (1 - ratio)))
