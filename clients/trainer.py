@@ -59,7 +59,8 @@ class FedSGD(Local):
         gradient = step_gradient(model, data.batch(indices), defenses, ctx)
         clean = ctx.public_part(gradient)
         _keep_training(model, gradient.keys() - clean.keys(), gradient, self.lr)
-        return Trained(upload_transformed(clean, defenses, ctx), clean, indices)
+        used = torch.tensor(list(dict.fromkeys(indices.tolist())), dtype=torch.int64)
+        return Trained(upload_transformed(clean, defenses, ctx), clean, used)
 
     def probe(self, data: LocalData, ctx: ClientContext) -> Batch:
         """Return the one batch."""

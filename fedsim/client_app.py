@@ -172,7 +172,8 @@ def _respond(
     split = _own_data(parts, context)
     data = LocalData(split, parts.device, parts.dtype)
     ctx = _defense_context(parts, context, cast(int, config["server-round"]), len(data), model)
-    ctx.model, ctx.places = own[0], places_in(msg.content)
+    ctx.model, ctx.spec, ctx.places = own[0], own[1], places_in(msg.content)
+    ctx.labels = split.labels
     probe = parts.local.probe(data, ctx)
     _worker.idle = {own: model}  # who refuses it has not touched it: each looks at a copy
     verdicts = _inspect(model, defenses, probe, ctx)

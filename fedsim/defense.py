@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedsim.accounting import Releases
 from fedsim.attack import Paper, Setting, ToyCase
+from fedsim.data import DataSpec
 
 Place = Literal["gradient", "update"]
 #: The error code of a client that refused what the server sent or asked; Flower's own end at 8.
@@ -123,6 +124,10 @@ class ClientContext:
         The expression of the model that the server sent.
     run_id : int
         The run that this client takes part in.
+    spec : DataSpec or None
+        Shape, classes, mean and standard deviation of the data, as the server told them.
+    labels : Tensor or None
+        ``[N]`` int64, of all of the client's own examples, for samplers that choose by class.
     places : dict of str to tuple of int
         Which arrays it was told to place in a larger one, and where (:mod:`fedsim.placing`).
     shared : frozenset of str or None
@@ -144,6 +149,8 @@ class ClientContext:
     step: int = 0
     model: str = ""
     run_id: int = 0
+    spec: DataSpec | None = None
+    labels: Tensor | None = None
     places: dict[str, tuple[int, int]] = field(default_factory=dict)
     shared: frozenset[str] | None = None
     trainee: nn.Module | None = None
