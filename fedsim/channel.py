@@ -1,6 +1,7 @@
 """What a channel is: it decides what of the uploads any strategy, honest or not, can read."""
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any, ClassVar
 
 from flwr.app import Context, Message
@@ -30,6 +31,14 @@ class Channel(ABC):
         largest_weight : int
             The most examples that any of them will weigh in with.
         """
+
+    def shared(self) -> list[Path]:
+        """Return the folders in which clients tell each other what the server must not touch.
+
+        As :meth:`fedsim.defense.Defense.shared`: a run's clients write to ``<folder>/<run id>``,
+        attack code is walled off from it, and what a run left there goes when it ends.
+        """
+        return []
 
     @abstractmethod
     def grid(self, inner: Population, context: Context, timeout: float) -> Grid:

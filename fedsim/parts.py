@@ -65,6 +65,11 @@ class Parts:
         channel: Channel = registry.build("channel", self.scenario.channel, "channel")
         return channel
 
+    def shared(self) -> list[Path]:
+        """Return the folders in which clients tell each other what the server must not touch."""
+        told = [self.channel.shared(), *(defense.shared() for defense in self.defenses)]
+        return [path for folders in told for path in folders]
+
     @cached_property
     def local(self) -> Local:
         """What a client does in a round."""
