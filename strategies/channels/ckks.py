@@ -28,7 +28,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from math import prod
@@ -56,7 +56,7 @@ from fedsim.channel import Channel
 from fedsim.population import Population, client_of
 from fedsim.registry import register
 from strategies.channels.secagg import possible_uploads
-from strategies.channels.trusted_sum import SummingGrid
+from strategies.channels.trusted_sum import SummingGrid, refuse_alone
 
 #: Bits of coefficient modulus that leave 128 bits of security (HomomorphicEncryption.org, 2018).
 SECURE_BITS = {4096: 109, 8192: 218, 16384: 438, 32768: 881}
@@ -86,17 +86,10 @@ class Ckks(Channel):
     coeff_modulus: list[int] | tuple[int, ...] = (60, 40, 40, 60)
     scale_bits: Annotated[int, Field(ge=10, le=60)] = 40
     keys: str = ""
+    spent: "Spent" = field(default_factory=lambda: Spent(), init=False, repr=False, compare=False)
 
     aggregates = True
     masks = True
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_spent", Spent())
-
-    @property
-    def spent(self) -> "Spent":
-        """What the protocol cost so far, as its server saw it."""
-        return cast(Spent, self.__dict__["_spent"])
 
     @property
     def root(self) -> Path:
@@ -114,10 +107,7 @@ class Ckks(Channel):
 
     def check(self, clients: int, largest_weight: int) -> None:
         """Refuse a cohort of one, parameters that are not safe or not exact, a missing library."""
-        if clients < 2:
-            raise ValueError(
-                f"a cohort of {clients} has nothing to hide in; let at least 2 clients train"
-            )
+        refuse_alone(clients)
         degree, bits = self.poly_modulus_degree, sum(self.coeff_modulus)
         if degree not in SECURE_BITS:
             raise ValueError(f"poly_modulus_degree={degree}; write one of {[*SECURE_BITS]}")

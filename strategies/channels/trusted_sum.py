@@ -49,10 +49,7 @@ class TrustedSum(Channel):
 
     def check(self, clients: int, largest_weight: int) -> None:  # noqa: ARG002
         """Refuse a cohort of one, whose sum is its upload."""
-        if clients < 2:
-            raise ValueError(
-                f"a cohort of {clients} has nothing to hide in; let at least 2 clients train"
-            )
+        refuse_alone(clients)
 
     def grid(self, inner: Population, context: Context, timeout: float) -> Grid:  # noqa: ARG002
         """Return a grid that answers a round of training with one message."""
@@ -61,6 +58,14 @@ class TrustedSum(Channel):
     def client(self, msg: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Pass the message on: the client trusts the aggregator."""
         return call_next(msg, context)
+
+
+def refuse_alone(clients: int) -> None:
+    """Refuse a cohort of one (``ValueError``)."""
+    if clients < 2:
+        raise ValueError(
+            f"a cohort of {clients} has nothing to hide in; let at least 2 clients train"
+        )
 
 
 @dataclass
