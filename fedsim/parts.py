@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from fedsim import registry, seeds
-from fedsim.attack import Attack, Manipulation, Setting
+from fedsim.attack import Active, Attack, Manipulation, Setting
 from fedsim.channel import Channel
 from fedsim.data import DataSet, DataSpec, load_dataset, partition
 from fedsim.defense import BELONGS_BEFORE, Defense, TrainingPlan, guarantees
@@ -283,6 +283,10 @@ def _check_setting(parts: Parts, model: nn.Module, here: bool) -> None:
         sybils=parts.sybils,
         here=here,
     )
+    try:
+        parts.channel.check_model(list(travelling(model)), active=isinstance(parts.attack, Active))
+    except ValueError as error:
+        raise ScenarioError("channel", parts.scenario.channel, str(error)) from error
     for key, component in _fitting(parts):
         try:
             component.check_setting(setting)
