@@ -1,6 +1,8 @@
 """What a channel is: it decides what of the uploads any strategy, honest or not, can read."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from flwr.app import Context, Message
@@ -8,6 +10,10 @@ from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp import Grid
 
 from fedsim.population import Population
+
+#: The record of an answer that names the arrays nobody sees (``arrays``): the federation's own
+#: strategy goes on with them where they are, and no server's view holds them.
+HIDDEN = "hidden"
 
 
 class Channel(ABC):
@@ -30,6 +36,20 @@ class Channel(ABC):
         largest_weight : int
             The most examples that any of them will weigh in with.
         """
+
+    def check_model(self, names: Sequence[str], *, active: bool) -> None:  # noqa: B027
+        """Refuse a model, by the arrays that travel, or a server (``ValueError``).
+
+        ``active`` says whether the server changes what clients get, or the protocol.
+        """
+
+    def shared(self) -> list[Path]:
+        """Return the folders in which clients tell each other what the server must not touch.
+
+        As :meth:`fedsim.defense.Defense.shared`: a run's clients write to ``<folder>/<run id>``,
+        attack code is walled off from it, and what a run left there goes when it ends.
+        """
+        return []
 
     @abstractmethod
     def grid(self, inner: Population, context: Context, timeout: float) -> Grid:

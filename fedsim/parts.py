@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from fedsim import registry, seeds
-from fedsim.attack import Attack, Manipulation, Setting
+from fedsim.attack import Active, Attack, Manipulation, Setting
 from fedsim.channel import Channel
 from fedsim.data import DataSet, DataSpec, load_dataset, partition
 from fedsim.defense import (
@@ -81,6 +81,11 @@ class Parts:
         """What reaches the server."""
         channel: Channel = registry.build("channel", self.scenario.channel, "channel")
         return channel
+
+    def shared(self) -> list[Path]:
+        """Return the folders in which clients tell each other what the server must not touch."""
+        told = [self.channel.shared(), *(defense.shared() for defense in self.defenses)]
+        return [path for folders in told for path in folders]
 
     @cached_property
     def local(self) -> Local:
@@ -355,6 +360,10 @@ def _check_setting(parts: Parts, model: nn.Module, here: bool) -> None:
         sybils=parts.sybils,
         here=here,
     )
+    try:
+        parts.channel.check_model(list(travelling(model)), active=isinstance(parts.attack, Active))
+    except ValueError as error:
+        raise ScenarioError("channel", parts.scenario.channel, str(error)) from error
     for key, component in _fitting(parts):
         try:
             component.check_setting(setting)

@@ -114,7 +114,7 @@ def _tidied(parts: Parts, run_id: int) -> Iterator[None]:
     try:
         yield
     finally:
-        for folder in (folder for defense in parts.defenses for folder in defense.shared()):
+        for folder in parts.shared():
             shutil.rmtree(folder / str(run_id), ignore_errors=True)
 
 

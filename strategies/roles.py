@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedsim.attack import Attack, Manipulation, ModelToSend
+from fedsim.channel import HIDDEN
 from fedsim.errors import RunFailed
 from fedsim.federation import Wrapper, with_arrays
 from fedsim.interception import Interception, RoundTap, Upload
@@ -72,12 +73,16 @@ class Eavesdropper(Wrapper):
         rode_along = reply.content.metric_records["metrics"].items()
         metrics = {name: float(cast(float, value)) for name, value in rode_along}
         senders = reply.content.config_records.get("senders")
+        inside = reply.content.config_records.get(HIDDEN, ConfigRecord())
+        hidden = cast(list[str], inside.get("arrays", []))
+        received = tensors(reply.content.array_records["arrays"])
+        known = tensors(sent.array_records["arrays"])
         return ServerView(
             round=server_round,
             senders=tuple(cast(list[int], senders["clients"])) if senders else (client_of(node),),
             model=str(sent.config_records["config"]["model"]),
-            sent=tensors(sent.array_records["arrays"]),
-            received=tensors(reply.content.array_records["arrays"]),
+            sent={n: torch.zeros_like(t) if n in hidden else t for n, t in known.items()},
+            received={name: t for name, t in received.items() if name not in hidden},
             kind="gradient" if self.kind == "gradient" else "weights",
             num_examples=int(metrics.pop("num-examples")),
             metrics=metrics,

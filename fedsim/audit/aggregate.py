@@ -28,8 +28,9 @@ def aggregation_cost(folder: Path, channel: dict[str, Any]) -> dict[str, float]:
     -------
     dict
         ``relative_error``: norm of the error over the norm of the exact mean; ``largest_error``;
-        ``clipped_share``: share of the uploaded values that were clipped.  Each is the worst of
-        all rounds; empty where no aggregate, or no upload, was kept.
+        ``error_std``: standard deviation of the error of the values that nobody had clipped, which
+        is that of rounding; ``clipped_share``: share of the uploaded values that were clipped.
+        Each is the worst of all rounds; empty where no aggregate, or no upload, was kept.
     """
     vault = Vault(folder / "vault")
     worst: dict[str, float] = {}
@@ -47,8 +48,8 @@ def _compared(
     view: ServerView, records: list[VaultRecord], channel: dict[str, Any]
 ) -> dict[str, float]:
     weights = torch.tensor([len(r.indices) for r in records], dtype=torch.float64)
-    squared_error = squared_norm = largest = 0.0
-    clipped = values = 0
+    squared_error = squared_norm = squared_rounding = largest = 0.0
+    clipped = values = rounded = 0
     for name, got in view.received.items():
         uploads = torch.stack([_upload(r)[name].double() for r in records])
         shares = (weights / weights.sum()).view(-1, *[1] * got.ndim)
@@ -58,11 +59,15 @@ def _compared(
         squared_norm += float((exact**2).sum())
         largest = max(largest, float(error.abs().max()))
         scaled = uploads * weights.view(-1, *[1] * got.ndim) / channel["max_weight"]
-        clipped += int((scaled.abs() > channel["clipping_range"]).sum())
+        over = scaled.abs() > channel["clipping_range"]
+        squared_rounding += float((error[~over.any(dim=0)] ** 2).sum())
+        rounded += int((~over.any(dim=0)).sum())
+        clipped += int(over.sum())
         values += uploads.numel()
     return {
         "relative_error": (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0,
         "largest_error": largest,
+        "error_std": (squared_rounding / rounded) ** 0.5 if rounded else 0.0,
         "clipped_share": clipped / values,
     }
 

@@ -21,8 +21,7 @@ def walls(parts: Parts, folder: RunFolder) -> list[Path]:
     places of data, what clients share on disk, and the scenario as it was typed.
     """
     run = [folder.path, folder.path.parent, seeds.home(), *own_keys()]
-    shared = [path for defense in parts.defenses for path in defense.shared()]
-    return [*run, *places(parts.scenario.data.dataset), *shared, *_typed(folder)]
+    return [*run, *places(parts.scenario.data.dataset), *parts.shared(), *_typed(folder)]
 
 
 def cell(parts: Parts, folder: RunFolder) -> Callable[..., Any]:

@@ -329,7 +329,8 @@ defense.epsilon.mechanism] | select | join(', ') }}</span>\
 {{ name | replace('_', ' ') }} {{ value }}{% endfor %}</p>
 {% if federation.channel.relative_error is defined %}
 <p>Clipping and rounding cost this much: the sum that the server got differs from the exact one by \
-{{ '%.2g' | format(federation.channel.relative_error) }} of its norm (relative error), and \
+{{ '%.2g' | format(federation.channel.relative_error) }} of its norm (relative error), rounding \
+alone {{ '%.2g' | format(federation.channel.error_std) }} a value (standard deviation), and \
 {{ '%.2g' | format(100 * federation.channel.clipped_share) }} % of the uploaded values were \
 clipped.</p>
 {% endif %}

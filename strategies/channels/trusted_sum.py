@@ -49,10 +49,7 @@ class TrustedSum(Channel):
 
     def check(self, clients: int, largest_weight: int) -> None:  # noqa: ARG002
         """Refuse a cohort of one, whose sum is its upload."""
-        if clients < 2:
-            raise ValueError(
-                f"a cohort of {clients} has nothing to hide in; let at least 2 clients train"
-            )
+        refuse_alone(clients)
 
     def grid(self, inner: Population, context: Context, timeout: float) -> Grid:  # noqa: ARG002
         """Return a grid that answers a round of training with one message."""
@@ -63,41 +60,81 @@ class TrustedSum(Channel):
         return call_next(msg, context)
 
 
+def refuse_alone(clients: int) -> None:
+    """Refuse a cohort of one (``ValueError``)."""
+    if clients < 2:
+        raise ValueError(
+            f"a cohort of {clients} has nothing to hide in; let at least 2 clients train"
+        )
+
+
 @dataclass
-class TrustedSumGrid(GridWrapper):
-    """Answers a round of training with one message: the weighted mean of all uploads."""
+class SummingGrid(GridWrapper):
+    """Answers a round of training with what becomes of all uploads together.
+
+    A few clients train at a time, and nothing of them is kept but what :meth:`take` keeps.
+    """
 
     inner: Population
     timeout: float
 
+    def begin(self, messages: list[Message]) -> list[Message]:
+        """Start a round; return what clients are sent."""
+        return messages
+
+    def take(self, reply: Message, asked: Message) -> str | None:
+        """Take one upload in, or say why it is left out."""
+        raise NotImplementedError
+
+    def release(self, asked: list[Message]) -> list[Message]:
+        """Return what the server gets when the round is over."""
+        raise NotImplementedError
+
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Train a few clients at a time and add each up; pass on what is not training."""
+        """Train a few clients at a time and take each in; pass on what is not training."""
         messages = list(messages)
         if not messages or messages[0].metadata.message_type != MessageType.TRAIN:
             return self.inner.send_and_receive(messages, timeout=timeout)
         deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
         at_once = 2 * max(len(self.inner.hosts), 1)
-        total = Total()
-        for start in range(0, len(messages), at_once):
-            asked = {m.metadata.dst_node_id: m for m in messages[start : start + at_once]}
+        sent = self.begin(messages)
+        for start in range(0, len(sent), at_once):
+            asked = {m.metadata.dst_node_id: m for m in sent[start : start + at_once]}
             left = max(deadline - time.monotonic(), 0.0)
             for reply in self.inner.send_and_receive(asked.values(), timeout=left):
-                client = client_of(reply.metadata.src_node_id)
-                sent = asked[reply.metadata.src_node_id]
-                if reason := total.add(client, reply.content, places_in(sent.content)):
-                    self.inner.ledger.fail(client, reason)
+                if reason := self.take(reply, asked[reply.metadata.src_node_id]):
+                    self.inner.ledger.fail(client_of(reply.metadata.src_node_id), reason)
             self.inner.forget_round()
-        return [Message(total.mean(), reply_to=messages[0])] if total.senders else []
+        return self.release(messages)
 
     def push_messages(self, _: Iterable[Message]) -> Iterable[str]:
-        """Refuse: a single push would bypass the aggregator."""
-        raise RuntimeError("behind a trusted aggregator use send_and_receive")
+        """Refuse: a single push would bypass the sum."""
+        raise RuntimeError("behind a channel that sums use send_and_receive")
 
     def pull_messages(self, _: Iterable[str]) -> Iterable[Message]:
-        """Refuse: a single pull would bypass the aggregator."""
-        raise RuntimeError("behind a trusted aggregator use send_and_receive")
+        """Refuse: a single pull would bypass the sum."""
+        raise RuntimeError("behind a channel that sums use send_and_receive")
+
+
+@dataclass
+class TrustedSumGrid(SummingGrid):
+    """Answers a round of training with one message: the weighted mean of all uploads."""
+
+    def begin(self, messages: list[Message]) -> list[Message]:
+        """Start from nothing."""
+        self.total = Total()
+        return messages
+
+    def take(self, reply: Message, asked: Message) -> str | None:
+        """Add one upload."""
+        client = client_of(reply.metadata.src_node_id)
+        return self.total.add(client, reply.content, places_in(asked.content))
+
+    def release(self, asked: list[Message]) -> list[Message]:
+        """Return the mean, where there is one."""
+        return [Message(self.total.mean(), reply_to=asked[0])] if self.total.senders else []
 
 
 @dataclass

@@ -10,6 +10,7 @@ from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFI
 from flwr.server.workflow.secure_aggregation import secaggplus_workflow
 from torch import Tensor
 
+from fedsim.audit.aggregate import aggregation_cost
 from fedsim.errors import ScenarioError
 from fedsim.parts import Parts, check
 from fedsim.registry import build
@@ -134,6 +135,67 @@ def test_what_one_client_sends_says_nothing_of_its_upload(
         assert abs(share.mean() - 0.5) < 0.06
         assert abs(np.corrcoef(share.ravel(), upload.numpy().ravel())[0, 1]) < 0.2
     assert (layers[0] != layers[1]).mean() > 0.99
+
+
+@pytest.mark.parametrize("clients", [2, 4])
+def test_any_all_but_one_masked_uploads_reveal_nothing(
+    clients: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each alone, and the sum of any n - 1 of n, is uniform over the modulus: 64 bins, chi-square.
+
+    The quantized upload itself is what such a test finds: all of it in two bins.
+    """
+    masked: list[np.ndarray[Any, Any]] = []
+    honest = secaggplus_workflow.bytes_to_ndarray
+
+    def peep(content: bytes) -> Any:
+        masked.append(honest(content))
+        return masked[-1]
+
+    monkeypatch.setattr(secaggplus_workflow, "bytes_to_ndarray", peep)
+    changes = {"federation.clients": clients, "model.name": "mlp(hidden=[128])"}
+    ran = summed(tmp_path, {"channel": "secagg(max_weight=2)", **changes})
+    layers = [array.astype(np.uint64) for array in masked if array.shape == (128, 64)]
+    assert len(layers) == clients
+    for left_out in range(clients):
+        others = [layer for at, layer in enumerate(layers) if at != left_out]
+        assert 15 < chi_square(np.sum(others, axis=0)) < 125  # 63 degrees of freedom: 63 ± 5.5 std
+        assert 15 < chi_square(layers[left_out]) < 125
+    sent, _ = uploads(ran, "1.weight")
+    steps = np.rint((sent[0].numpy() + 8) / 16 * 2**22).astype(np.uint64)
+    assert chi_square(steps) > 100_000
+
+
+def chi_square(values: np.ndarray[Any, Any], bins: int = 64) -> float:
+    """Return the chi-square statistic of values modulo 2^32 against the uniform distribution."""
+    shares = (values % 2**32).ravel().astype(np.float64) / 2**32
+    counts, _ = np.histogram(shares, bins=bins, range=(0, 1))
+    expected = shares.size / bins
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+@pytest.mark.parametrize(
+    "kind", ["gradients", "coarse", "two clients", "gradients of few examples"]
+)
+def test_the_price_of_rounding_and_clipping_is_told(kind: str, tmp_path: Path) -> None:
+    """Stochastic rounding of n clients: std step * sqrt(n / 6) over the total weight, at most."""
+    ran = summed(tmp_path, {**KINDS[kind], "model.name": "mlp(hidden=[64])"})
+    told = ran.federation["channel"]
+    cost = aggregation_cost(ran.folder.path, told)
+    clients = ran.parts.scenario.federation.clients
+    total = 2 * clients / told["max_weight"]
+    expected = told["quantization_step"] * (clients / 6) ** 0.5 / total
+    # Where a value is a small part of a step it is rounded to none of it, mostly: less error.
+    assert 0.2 * expected < cost["error_std"] < 1.05 * expected
+    assert cost["clipped_share"] == 0
+    tight = summed(tmp_path / "tight", {"channel": "secagg(max_weight=2, clipping_range=0.01)"})
+    clipped = aggregation_cost(tight.folder.path, tight.federation["channel"])
+    everything = torch.cat([
+        t.flatten() for record in tight.vault if record.upload for t in record.upload.values()
+    ])  # fmt: skip
+    share = float((everything.abs() > 0.01).double().mean())
+    assert clipped["clipped_share"] == pytest.approx(share) != 0
+    assert clipped["error_std"] < 1e-6 < clipped["largest_error"]
 
 
 def test_keys_and_masks_are_new_in_every_round(
