@@ -21,6 +21,7 @@ class Progress:
         self.task, self.unit = task, unit
         self.started = self.last = time.monotonic()
         self.counted, self.before, self.resuming = self.started, 0, False
+        self.total: int | None = None
         self.terminal = sys.stderr.isatty()
         self.ended = False
 
@@ -34,6 +35,9 @@ class Progress:
         Calls in quick succession are passed over; the end is told once, however often it is said.
         """
         now, finished = time.monotonic(), done >= total
+        if self.total not in (None, total):  # another part of the task, with a count of its own
+            self.resuming = True
+        self.total = total
         if self.resuming:
             self.counted, self.before, self.resuming = now, done, False
         repeated, self.ended = finished and self.ended, finished

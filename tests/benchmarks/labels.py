@@ -40,6 +40,7 @@ ONE_STEP = (
     ("`llg(impact='model')`, noise (LLG\\*)", "llg(impact='model')", "B"),
     ("`llg(impact='model')`, surrogate images (LLG+)", "llg(impact='model')", "D"),
     ("`gradinversion`", "gradinversion", "B"),
+    ("`e2egi`", "e2egi", "B"),
     ("`rlg`", "rlg", "B"),
     ("`idlg`", "idlg", "B"),
 )
@@ -57,6 +58,7 @@ LOCAL_STEPS = (
     ("`llg` (LLG)", "llg", "B"),
     ("`llg(impact='model')`, surrogate images (LLG+)", "llg(impact='model')", "D"),
     ("`gradinversion`", "gradinversion", "B"),
+    ("`e2egi`", "e2egi", "B"),
     ("`rlg`", "rlg", "B"),
 )
 HELD_OUT = 2000  # surrogate images, which are nobody's

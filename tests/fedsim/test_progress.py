@@ -61,6 +61,18 @@ def test_a_line_gives_rate_and_time_left(
     assert capsys.readouterr().out == f"reading {said}\n"
 
 
+def test_another_count_has_a_rate_of_its_own(
+    start: Start, watch: Watch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = start("iterations")
+    watch.seconds += 100
+    progress(20, 20, "training the prior")
+    progress(0, 400)
+    watch.seconds += 10
+    progress(100, 400)
+    assert "100/400 iterations, 10.0 iterations/s, 30.0 s left" in capsys.readouterr().out
+
+
 def test_elsewhere_plain_lines_come_seldom_and_the_last_one_always(
     start: Start, watch: Watch, capsys: pytest.CaptureFixture[str]
 ) -> None:

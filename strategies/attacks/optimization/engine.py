@@ -3,7 +3,8 @@
 Seven slots make an attack by optimization (:class:`Recipe`): parametrization, operator
 (the network's gradient or unrolled local training), distance, priors, labels, optimizer with its
 schedule, and the choice among restarts.  Restarts and views that share weights and batch size run
-as one batch of problems, and nothing in the loop waits for the device.
+as one batch of problems, and nothing in the loop waits for the device, but for noise of each
+problem's own, which is drawn on the CPU.
 
 Each restart keeps the point where what it minimizes (distance plus priors) was lowest.  Among
 restarts the lowest distance wins: the attack's own score, never the truth.
@@ -172,7 +173,7 @@ def _run(
     tally: Tally,
 ) -> Best:
     """Run one batch of restarts, or take over what an earlier attempt did of it."""
-    with tally.batch(len(jobs), recipe.iterations, like.device) as batch:
+    with tally.batch(jobs, recipe.iterations, like.device) as batch:
         if batch.finished is not None:
             return batch.finished
         starts = [

@@ -1,5 +1,6 @@
 """What an attack by optimization has done so far: told, kept for another attempt, handed over."""
 
+import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,14 +17,16 @@ from strategies.attacks.optimization.parametrizations import Parametrization
 # Seconds between two words on progress, and between two checkpoints.
 TELL_EVERY = 0.5
 KEEP_EVERY = 20.0
-KEPT = "matching"
+# Goes up when what a checkpoint holds changes: one of before is not found.
+KEPT = "matching-2"
 
 
 class Tally:
     """Iterations of single problems, evaluations and receipts of a whole attack.
 
-    Batches of restarts come in the same order whenever the attack is run on the same views, so
-    their numbers say which of them an earlier attempt had finished.
+    Batches of restarts come in the same order whenever the attack is run on the same views: their
+    numbers say which of them an earlier attempt had finished, and their jobs whether it is the same
+    one (another device runs more at once).
 
     Parameters
     ----------
@@ -44,18 +47,20 @@ class Tally:
             self.receipts.append("went on from the checkpoint of an attempt that was cut off")
 
     @contextmanager
-    def batch(self, problems: int, iterations: int, device: torch.device) -> Iterator["Batch"]:
-        """Count and keep one batch of restarts, while it runs."""
-        start = f"{self.batches}."
+    def batch(
+        self, jobs: Sequence[object], iterations: int, device: torch.device
+    ) -> Iterator["Batch"]:
+        """Count and keep one batch of restarts, while it runs; ``jobs`` tell them apart."""
+        start = f"{self.batches}-{hashlib.sha256(repr(jobs).encode()).hexdigest()[:12]}."
         kept = {
             name.removeprefix(start): tensor.to(device)
             for name, tensor in self.earlier.items()
             if name.startswith(start)
         }
-        batch = Batch(self, problems, start, kept)
+        batch = Batch(self, start, kept)
         yield batch
         self.batches += 1
-        self.done += problems * iterations
+        self.done += len(jobs) * iterations
         if batch.finished is None:
             return
         self.evaluations += batch.finished.evaluations
@@ -86,7 +91,6 @@ class Batch(Watch):
     """One batch of restarts as it runs: what an earlier attempt left of it, and its end."""
 
     tally: Tally
-    problems: int
     start: str
     kept: Mapping[str, Tensor]
     finished: Best | None = field(init=False)

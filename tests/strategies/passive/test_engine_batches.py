@@ -5,8 +5,10 @@ import torch
 
 from strategies.attacks.optimization import tally
 from strategies.attacks.optimization.basic import see_through_gradients
+from strategies.attacks.optimization.basic.bn_fedavg_inversion import BatchNormFedAvgInversion
 from strategies.attacks.optimization.basic.e2egi import E2EGI
 from strategies.attacks.optimization.basic.hf_gradinv import HFGradInv
+from strategies.attacks.optimization.basic.inverting_gradients import InvertingGradients
 from strategies.attacks.optimization.basic.see_through_gradients import SeeThroughGradients
 from strategies.attacks.optimization.groups import Group
 from strategies.attacks.optimization.optimizers import Adam, Langevin
@@ -63,6 +65,17 @@ def test_each_problem_has_noise_of_its_own_whoever_is_beside_it():
     assert torch.equal(noise(restored, 2, 2), rest)
 
 
+@pytest.mark.parametrize("name", ["see-through-gradients", "bn-fedavg-inversion"])
+def test_restarts_of_one_view_have_noise_of_their_own(name):
+    captured = Captured.of(Honest(NETWORK, spec()), tiles(), 1, 1, steps=5)
+    knowledge, jobs = captured.knowledge(("labels",)), [("one", 0), ("one", 1), ("other", 0)]
+    made = {
+        "see-through-gradients": lambda: SeeThroughGradients().optimizer(jobs, knowledge),
+        "bn-fedavg-inversion": lambda: BatchNormFedAvgInversion()._optimizer(jobs, knowledge),
+    }[name]()
+    assert len({torch.randn(1, generator=each).item() for each in made.generators}) == 3
+
+
 class CutOffError(Exception):
     """An attempt ends."""
 
@@ -80,7 +93,7 @@ def test_cut_off_and_resumed_is_as_if_it_had_not_been(name, monkeypatch):
     captured = Captured.of(Honest(NETWORK, spec()), tiles(), 1, 1, steps=5)
     whole = attack.reconstruct(captured.views, captured.knowledge(("labels",)))
     monkeypatch.setattr(tally, "KEEP_EVERY", 0.0)
-    knowledge, kept, keep = captured.knowledge(("labels",)), [], None
+    knowledge, kept = captured.knowledge(("labels",)), []
     keep = knowledge.keep
 
     def kept_twice(*what):
@@ -97,3 +110,28 @@ def test_cut_off_and_resumed_is_as_if_it_had_not_been(name, monkeypatch):
     assert torch.equal(resumed.examples, whole.examples)
     assert torch.equal(resumed.scores, whole.scores)
     assert resumed.cost.gradient_evaluations == whole.cost.gradient_evaluations
+
+
+def test_what_ran_otherwise_side_by_side_is_not_gone_on_with(monkeypatch):
+    """A machine that runs more at once has other batches, and begins them anew."""
+    attack = InvertingGradients(iterations=60, labels="oracle")
+    captured = Captured.of(Honest(NETWORK, spec()), tiles(), 1, 3, steps=5)
+    monkeypatch.setattr(tally, "KEEP_EVERY", 0.0)
+    knowledge = captured.knowledge(("labels",))
+    monkeypatch.setattr(Group, "at_once", 1)
+    keep, kept = knowledge.keep, []
+
+    def kept_thrice(*what):
+        keep(*what)
+        kept.append(what)
+        if len(kept) == 3:
+            raise CutOffError
+
+    knowledge.keep = kept_thrice
+    with pytest.raises(CutOffError):
+        attack.reconstruct(captured.views, knowledge)
+    knowledge.keep = keep
+    monkeypatch.setattr(Group, "at_once", 3)
+    resumed = attack.reconstruct(captured.views, knowledge)
+    assert len(resumed.examples) == 3
+    assert resumed.cost.gradient_evaluations == 3 * 61

@@ -210,7 +210,8 @@ class Searches:
 
     def _run(self, problems: Matching, at: Tensor, phase: Phase, label: str) -> Best:
         """Run a phase, or take over what an earlier attempt did of it."""
-        with self.tally.batch(len(at), phase.iterations, at.device) as batch:
+        jobs = [(label, seed) for seed in range(len(at))]
+        with self.tally.batch(jobs, phase.iterations, at.device) as batch:
             if batch.finished is None:
                 batch.finished = minimize(
                     problems,
