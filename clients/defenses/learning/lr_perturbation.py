@@ -47,6 +47,8 @@ class LRPerturbation(Defense):
         year=2023,
         published="less than 0.5 % of accuracy, ahead of five defenses against one attack (the "
         "abstract; no table was read)",
+        measured="fedsim run scenarios/lr_perturbation.toml (nine local steps, a rate for each): "
+        "1,895 of 2,261 images at 20 dB",
     )
     toy: ClassVar[ToyCase] = ToyCase(
         scenario={

@@ -62,6 +62,8 @@ class DPFL(Defense):
         venue="IEEE Internet of Things Journal",
         year=2021,
         published="no table was read; the code's defaults are epsilon 10, alpha 1, rate 0.1",
+        measured="fedsim run scenarios/dpfl.toml: none of 256 images at 20 dB, 209 undefended; "
+        "accuracy after the round 0.138, 0.214 undefended",
     )
     toy: ClassVar[ToyCase] = ToyCase(
         scenario={**RATIO_ATTACK, "defenses": "dpfl"},

@@ -49,6 +49,9 @@ class LargePrune(Defense):
         venue="Computers & Security",
         year=2023,
         published="no figure was read",
+        measured="ratio attack on a first linear layer at 10 %: best row exact, 120 dB (pytest "
+        "tests/clients/test_defenses_large_prune.py); fedsim run scenarios/large_prune.toml: 102 "
+        "of 256 images at 20 dB, 209 undefended",
     )
     toy: ClassVar[ToyCase] = ToyCase(
         scenario={**RATIO_ATTACK, "defenses": "large-prune(ratio=0.3)"},

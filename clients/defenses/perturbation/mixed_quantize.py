@@ -109,6 +109,8 @@ class MixedQuantize(Defense):
         year=2023,
         published="robust against attacks by iteration and by recursion on three data sets, with a "
         "minimal drop in accuracy (the abstract; no table was read)",
+        measured="fedsim run scenarios/mixed_quantize.toml: 151 of 256 images at 20 dB as one "
+        "secret key drew the formats, 209 undefended",
     )
     toy: ClassVar[ToyCase] = ToyCase(
         scenario={**RATIO_ATTACK, "defenses": "mixed-quantize(formats=['int6', 'int8'])"},

@@ -88,6 +88,8 @@ class SoteriaFL(Defense):
         year=2022,
         published="no figure for reconstruction; its code's defaults are G 1, k d/20, delta 1e-3, "
         "epsilon 1 to 16, batches of 128 at 10 clients",
+        measured="fedsim run scenarios/soteriafl.toml (std 1e-3): 2 of 256 images at 20 dB, 209 "
+        "undefended, after one round",
     )
     toy: ClassVar[ToyCase] = ToyCase(
         scenario={**RATIO_ATTACK, "defenses": "soteriafl(std=1e-3)"},
