@@ -60,9 +60,9 @@ class Censor(Defense):
         year=2025,
         published="abstract: ahead of noise, clipping, compression and Soteria against five "
         "attacks on ImageNet, FFHQ and CIFAR-10; the projection of the released code is not one",
-        measured="fedsim run scenarios/censor.toml (first linear layer, ratio attack): 6.6 dB where "
-        "undefended is exact; convnet(stride=2), inverting-gradients: 12.3 dB, 30.9 "
-        "undefended",
+        measured="fedsim run scenarios/censor.toml (first linear layer, ratio attack): 6.6 dB "
+        "where undefended is exact; convnet(stride=2), inverting-gradients: 12.3 dB, "
+        "30.9 undefended",
     )
     toy: ClassVar[ToyCase] = ToyCase(
         scenario={**RATIO_ATTACK, "defenses": "censor(trials=5)"},

@@ -69,8 +69,8 @@ class Outpost(Defense):
         year=2023,
         published="abstract: better trade-off of accuracy, time and protection than compression, "
         "local DP, Soteria and GradDefense; no figure was read",
-        measured="fedsim run scenarios/outpost.toml (convnet(stride=2), inverting-gradients): 26.2 dB, "
-        "30.9 undefended; cosine to the true gradient 0.97",
+        measured="fedsim run scenarios/outpost.toml (convnet(stride=2), inverting-gradients): "
+        "26.2 dB, 30.9 undefended; cosine to the true gradient 0.97",
     )
     toy: ClassVar[ToyCase] = ToyCase(
         scenario={**RATIO_ATTACK, "defenses": "outpost"},

@@ -61,9 +61,9 @@ class Soteria(Defense):
         year=2021,
         published="abstract: reconstruction MSE up to 160 times the undefended at no loss of "
         "accuracy, MNIST and CIFAR-10, DLG and Inverting Gradients",
-        measured="fedsim run scenarios/soteria.toml (convnet(stride=2), inverting-gradients): 15.6 dB, "
-        "30.9 undefended, 15.3 a guess; the same views by bayes(defense='prune'), which "
-        "ignores what came back as 0: 31.1 dB",
+        measured="fedsim run scenarios/soteria.toml (convnet(stride=2), inverting-gradients): "
+        "15.6 dB, 30.9 undefended, 15.3 a guess; the same views by "
+        "bayes(defense='prune'), which ignores what came back as 0: 31.1 dB",
     )
     toy: ClassVar[ToyCase] = ToyCase(
         scenario={
