@@ -41,7 +41,7 @@ class LabelSmoothing(Defense):
         year=2016,
         published="no figure for reconstruction",
         measured="fedsim run scenarios/label_smoothing.toml (ratio attack on a first linear "
-        "layer, one photo tile a client): 4 of 4 exact with their labels, 153 dB at least, as "
+        "layer, one photo tile a client): 4 of 4 exact with their labels, 151 dB at least, as "
         "undefended; the smallest entry of the last bias gradient is the class even where nine of "
         "ten are negative (pytest tests/clients/test_defenses_label_smoothing.py)",
     )
