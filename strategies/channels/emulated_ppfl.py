@@ -35,7 +35,7 @@ from strategies.channels.trusted_sum import TrustedSumGrid, refuse_alone
 @register("channel", "emulated-ppfl")
 @dataclass(frozen=True, kw_only=True)
 class EmulatedPpfl(Channel):
-    """A trusted sum of which the server sees some layers only.
+    """Emulated: a trusted sum of which the server sees some layers only.
 
     Parameters
     ----------

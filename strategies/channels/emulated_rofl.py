@@ -41,7 +41,7 @@ ROUNDING = 1 + 1e-5  # what was clipped to the bound in single precision is with
 @register("channel", "emulated-rofl")
 @dataclass(frozen=True, kw_only=True)
 class EmulatedRofl(Channel):
-    """A trusted sum of the uploads whose norms an oracle finds within bounds.
+    """Emulated: a trusted sum of the uploads whose norms an oracle finds within bounds.
 
     Parameters
     ----------

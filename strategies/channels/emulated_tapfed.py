@@ -48,7 +48,7 @@ class NotReleased(Exception):  # noqa: N818 - the functionality's answer, not it
 @register("channel", "emulated-tapfed")
 @dataclass(frozen=True, kw_only=True)
 class EmulatedTapfed(Channel):
-    """A trusted sum that enough aggregators must ask for, and that must be of enough clients.
+    """Emulated: a trusted sum that enough aggregators ask for, of enough clients.
 
     Parameters
     ----------

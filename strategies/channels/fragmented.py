@@ -12,7 +12,8 @@ so that the server's sum is what it would have been, and no upload is anybody's.
 client makes a key pair (X25519) and the server tells each its partner's public key; each trains
 and sends ``M w`` encrypted with ChaCha20-Poly1305 under a key of its own direction, bound to the
 round; each decrypts its partner's, mixes and uploads.  M comes out of the shared secret too
-(ChaCha20's stream), so that it never travels.  Private keys come from the client's secret stream.
+(ChaCha20's stream), so that it never travels.  Private keys come from the client's secret stream
+(seeds of 63 bits), or from the operating system (``secret='entropy'``).
 
 **Unequal clients.**  A client of n examples weighs n in the federation's mean, and the sum that has
 to stay is ``n_k w_k + n_j w_j``.  Both upload updates scaled by ``n / m`` and say that they weigh
@@ -36,6 +37,7 @@ round out: alone its upload would be its own.
 """
 
 import random
+import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, cast
@@ -172,15 +174,20 @@ def _public_key(asked: ConfigRecord, memory: ConfigRecord, context: Context) -> 
     """Return this round's public key; the private one is new in a round, and remembered."""
     server_round = cast(int, asked["round"])
     if memory.get("round") != server_round:
-        generator = seeds.secret_generator(
-            cast(int, context.run_config["seed"]), "fragmented", context.node_id, server_round,
-            entropy=context.node_config.get("secret") == "entropy",
-        )  # fmt: skip
-        drawn = torch.randint(0, 256, (32,), generator=generator)
-        memory = ConfigRecord({"round": server_round, "key": bytes(drawn.tolist())})
+        memory = ConfigRecord({"round": server_round, "key": _private_key(context, server_round)})
         context.state[RECORD] = memory
     private = X25519PrivateKey.from_private_bytes(cast(bytes, memory["key"]))
     return RecordDict({RECORD: ConfigRecord({"key": private.public_key().public_bytes_raw()})})
+
+
+def _private_key(context: Context, server_round: int) -> bytes:
+    """Return a new private key: the operating system's, or the secret stream's, which repeats."""
+    if context.node_config.get("secret") == "entropy":
+        return secrets.token_bytes(32)
+    generator = seeds.secret_generator(
+        cast(int, context.run_config["seed"]), "fragmented", context.node_id, server_round
+    )
+    return bytes(torch.randint(0, 256, (32,), generator=generator).tolist())
 
 
 @dataclass(frozen=True)
