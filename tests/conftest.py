@@ -17,3 +17,10 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FEDSIM_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("FEDSIM_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep each file on one worker (``-n 2 --dist loadgroup``), but for the toys: many, and long."""
+    for item in items:
+        if item.path.name != "test_toys.py":
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))

@@ -75,6 +75,11 @@ class AdaptiveNoiseDP(Accounted):
         high=10.0,
     )
     rank: ClassVar[Rank] = Rank.NOISE
+    strengths: ClassVar[tuple[str, ...]] = (
+        "adaptive-noise-dp(norm=0.1, sigma=0.01)",
+        "adaptive-noise-dp(norm=0.1, sigma=0.1)",
+        "adaptive-noise-dp(norm=0.1, sigma=2.0)",
+    )
 
     norm: Annotated[float, Field(gt=0)] = 1.0
     sigma: Annotated[float, Field(gt=0)] = 2.0

@@ -88,6 +88,11 @@ class CentralDP(Defense):
     )
     changes_upload: ClassVar[bool] = False
     rank: ClassVar[Rank] = Rank.SERVER
+    strengths: ClassVar[tuple[str, ...]] = (
+        "central-dp(norm=0.1, sigma=0.01)",
+        "central-dp(norm=0.1, sigma=0.1)",
+        "central-dp(norm=0.1, sigma=1.0)",
+    )
 
     norm: Annotated[float, Field(gt=0)] = 1.0
     sigma: Annotated[float, Field(ge=0)] = 1.0

@@ -64,6 +64,11 @@ class DistributedDP(Accounted):
         high=14.0,
     )
     rank: ClassVar[Rank] = Rank.NOISE
+    strengths: ClassVar[tuple[str, ...]] = (
+        "distributed-dp(norm=0.1, sigma=0.01)",
+        "distributed-dp(norm=0.1, sigma=0.1)",
+        "distributed-dp(norm=0.1, sigma=1.0)",
+    )
     of_sums: ClassVar[bool] = True
 
     norm: Annotated[float, Field(gt=0)] = 1.0

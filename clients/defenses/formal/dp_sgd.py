@@ -47,6 +47,11 @@ class DPSGD(NoisedSum):
         high=14.0,
     )
     rank: ClassVar[Rank] = Rank.GRADIENT
+    strengths: ClassVar[tuple[str, ...]] = (
+        "dp-sgd(norm=1.0, sigma=0.01)",
+        "dp-sgd(norm=1.0, sigma=0.1)",
+        "dp-sgd(norm=1.0, sigma=1.0)",
+    )
 
     def clip(self, gradients: Tensors) -> Tensors:
         """Clip over all arrays as one vector."""

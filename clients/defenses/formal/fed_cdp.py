@@ -45,6 +45,11 @@ class FedCDP(NoisedSum):
         high=14.0,
     )
     rank: ClassVar[Rank] = Rank.GRADIENT
+    strengths: ClassVar[tuple[str, ...]] = (
+        "fed-cdp(norm=4.0, sigma=0.01)",
+        "fed-cdp(norm=4.0, sigma=0.1)",
+        "fed-cdp(norm=4.0, sigma=6.0)",
+    )
 
     norm: Annotated[float, Field(gt=0)] = 4.0
     sigma: Annotated[float, Field(ge=0)] = 6.0

@@ -59,6 +59,7 @@ class Gaussian(Defense):
         high=14.0,
     )
     rank: ClassVar[Rank] = Rank.NOISE
+    adversary: ClassVar[str] = "bayes(iterations=200, tv=0.01, defense='gaussian')"
     strengths: ClassVar[tuple[str, ...]] = (
         "clip(norm=0.1) | gaussian(std=1e-4)",
         "clip(norm=0.1) | gaussian(std=1e-3)",

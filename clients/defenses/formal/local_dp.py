@@ -65,6 +65,11 @@ class LocalDP(Accounted):
         high=10.0,
     )
     rank: ClassVar[Rank] = Rank.NOISE
+    strengths: ClassVar[tuple[str, ...]] = (
+        "local-dp(norm=0.1, epsilon=1000.0)",
+        "local-dp(norm=0.1, epsilon=100.0)",
+        "local-dp(norm=0.1, epsilon=8.0)",
+    )
 
     norm: Annotated[float, Field(gt=0)] = 1.0
     epsilon: Annotated[float, Field(gt=0)] = 8.0

@@ -89,6 +89,11 @@ class DCS2(Defense):
         high=25.0,
     )
     rank: ClassVar[Rank] = Rank.GRADIENT
+    strengths: ClassVar[tuple[str, ...]] = (
+        "dcs2(lambda_y=0.5)",
+        "dcs2(lambda_y=0.7)",
+        "dcs2(lambda_y=0.9)",
+    )
 
     iterations: Annotated[int, Field(ge=1)] = 20
     lr: Annotated[float, Field(gt=0)] = 0.1

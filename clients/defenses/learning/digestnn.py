@@ -72,6 +72,11 @@ class DigestNN(Defense):
         high=14.0,
     )
     rank: ClassVar[Rank] = Rank.MODEL
+    strengths: ClassVar[tuple[str, ...]] = (
+        "digestnn(apart=0.1)",
+        "digestnn(apart=0.5)",
+        "digestnn(apart=0.9)",
+    )
 
     width: Annotated[int, Field(ge=1)] = 16
     gain: Annotated[float, Field(gt=0)] = 8.0

@@ -65,6 +65,11 @@ class LRPerturbation(Defense):
         high=200.0,
     )
     rank: ClassVar[Rank] = Rank.GRADIENT
+    strengths: ClassVar[tuple[str, ...]] = (
+        "lr-perturbation(spread=0.5)",
+        "lr-perturbation(spread=1.0)",
+        "lr-perturbation(spread=1.0, every='step')",
+    )
 
     spread: Annotated[float, Field(gt=0, le=1)] = 1.0
     every: Literal["round", "step"] = "round"

@@ -71,6 +71,11 @@ class Obscure(Defense):
         high=14.0,
     )
     rank: ClassVar[Rank] = Rank.GRADIENT
+    strengths: ClassVar[tuple[str, ...]] = (
+        "obscure(beta=0.01)",
+        "obscure(beta=0.1)",
+        "obscure(beta=1.0)",
+    )
 
     per: Annotated[int, Field(ge=1)] = 1
     iterations: Annotated[int, Field(ge=1)] = 50

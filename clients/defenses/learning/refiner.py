@@ -75,6 +75,11 @@ class Refiner(Defense):
         high=20.0,
     )
     rank: ClassVar[Rank] = Rank.GRADIENT
+    strengths: ClassVar[tuple[str, ...]] = (
+        "refiner(beta=0.1)",
+        "refiner(beta=1.0)",
+        "refiner(beta=10.0)",
+    )
 
     iterations: Annotated[int, Field(ge=1)] = 20
     lr: Annotated[float, Field(gt=0)] = 0.05

@@ -73,6 +73,11 @@ class DPFL(Defense):
         high=14.0,
     )
     rank: ClassVar[Rank] = Rank.NOISE
+    strengths: ClassVar[tuple[str, ...]] = (
+        "dpfl(epsilon=1000.0)",
+        "dpfl(epsilon=100.0)",
+        "dpfl(epsilon=10.0)",
+    )
 
     epsilon: Annotated[float, Field(gt=0)] = 10.0
     alpha: Annotated[float, Field(gt=0)] = 1.0

@@ -73,6 +73,11 @@ class DualPrune(Defense):
         high=18.0,
     )
     rank: ClassVar[Rank] = Rank.SPARSIFY
+    strengths: ClassVar[tuple[str, ...]] = (
+        "dual-prune(k1=0.01, k2=0.5)",
+        "dual-prune(k1=0.05, k2=0.75)",
+        "dual-prune(k1=0.1, k2=0.8)",
+    )
 
     k1: Annotated[float, Field(gt=0, lt=1)] = 0.05
     k2: Annotated[float, Field(ge=0, lt=1)] = 0.75

@@ -76,6 +76,11 @@ class GradDefense(Defense):
         high=90.0,
     )
     rank: ClassVar[Rank] = Rank.NOISE
+    strengths: ClassVar[tuple[str, ...]] = (
+        "graddefense(perturbed=2)",
+        "graddefense(perturbed=5)",
+        "graddefense(perturbed=10)",
+    )
 
     slices: Annotated[int, Field(ge=1)] = 10
     perturbed: Annotated[int, Field(ge=1)] = 5

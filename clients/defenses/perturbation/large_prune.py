@@ -61,6 +61,11 @@ class LargePrune(Defense):
         high=18.0,
     )
     rank: ClassVar[Rank] = Rank.SPARSIFY
+    strengths: ClassVar[tuple[str, ...]] = (
+        "large-prune(ratio=0.01)",
+        "large-prune(ratio=0.05)",
+        "large-prune(ratio=0.2)",
+    )
 
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.05
     feedback: bool = False

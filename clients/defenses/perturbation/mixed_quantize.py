@@ -120,6 +120,11 @@ class MixedQuantize(Defense):
         high=65.0,
     )
     rank: ClassVar[Rank] = Rank.QUANTIZE
+    strengths: ClassVar[tuple[str, ...]] = (
+        "mixed-quantize(formats=['int16'])",
+        "mixed-quantize",
+        "mixed-quantize(formats=['ternary'])",
+    )
 
     formats: list[Format] | tuple[Format, ...] = ("int8", "int16", "ternary")
     ranges: list[Range] | tuple[Range, ...] = ("symmetric", "affine")

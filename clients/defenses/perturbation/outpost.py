@@ -80,6 +80,12 @@ class Outpost(Defense):
         high=45.0,
     )
     rank: ClassVar[Rank] = Rank.NOISE
+    strengths: ClassVar[tuple[str, ...]] = (
+        "outpost(prune=50.0)",
+        "outpost(prune=80.0)",
+        "outpost(prune=95.0)",
+    )
+    adversary: ClassVar[str] = "bayes(iterations=200, tv=0.01, defense='prune')"
 
     beta: Annotated[float, Field(ge=0)] = 0.125
     phi: Percent = 40.0

@@ -76,6 +76,7 @@ class Prune(Defense):
         high=40.0,
     )
     rank: ClassVar[Rank] = Rank.SPARSIFY
+    adversary: ClassVar[str] = "bayes(iterations=200, tv=0.01, defense='prune')"
     strengths: ClassVar[tuple[str, ...]] = (
         "prune(ratio=0.5)",
         "prune(ratio=0.9)",

@@ -89,6 +89,11 @@ class Quantize(Defense):
         high=25.0,
     )
     rank: ClassVar[Rank] = Rank.QUANTIZE
+    strengths: ClassVar[tuple[str, ...]] = (
+        "quantize(bits=8)",
+        "quantize(kind='qsgd', levels=255)",
+        "quantize(kind='ternary')",
+    )
 
     kind: Literal["max-norm", "qsgd", "ternary", "sign"] = "max-norm"
     bits: Annotated[int, Field(ge=2, le=24)] = 8

@@ -80,6 +80,12 @@ class Soteria(Defense):
         high=14.0,
     )
     rank: ClassVar[Rank] = Rank.GRADIENT
+    strengths: ClassVar[tuple[str, ...]] = (
+        "soteria(share=0.3)",
+        "soteria(share=0.6)",
+        "soteria(share=0.9)",
+    )
+    adversary: ClassVar[str] = "bayes(iterations=200, tv=0.01, defense='prune')"
 
     share: Annotated[float, Field(gt=0, le=1)] = 0.6
     layer: str = "last"

@@ -99,6 +99,11 @@ class SoteriaFL(Defense):
         high=16.0,
     )
     rank: ClassVar[Rank] = Rank.QUANTIZE
+    strengths: ClassVar[tuple[str, ...]] = (
+        "soteriafl(std=1e-4)",
+        "soteriafl(std=1e-3)",
+        "soteriafl(std=1e-2)",
+    )
 
     norm: Annotated[float, Field(gt=0)] = 1.0
     std: Annotated[float, Field(gt=0)] = 0.01
