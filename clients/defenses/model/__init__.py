@@ -1,0 +1,1 @@
+"""Defenses that are part of the network, or a private part beside it."""

@@ -1,0 +1,111 @@
+"""PRECODE: the divergence is right, chance reaches every layer, and what it does not hide."""
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from clients.defenses.model import precode
+from clients.defenses.model.precode import Bottleneck, Precode
+from fedsim.models import build_model
+from tests.clients.model_side import images_of, inverted, sent, spec
+from tests.clients.one_update import flat
+from tests.strategies.passive.honest import psnr
+
+SMALL = "convnet(width=8)"
+
+
+def test_the_divergence_is_that_of_torch_in_bits():
+    torch.manual_seed(0)
+    layer = Bottleneck(6, 4, beta=0.5).double()
+    features = torch.randn(5, 6, dtype=torch.float64)
+    mean, std = layer.encode(features)
+    nats = kl_divergence(Normal(mean, std), Normal(0.0, 1.0)).sum(dim=1).mean()
+    bits = nats / torch.log(torch.tensor(2.0, dtype=torch.float64))
+    told = layer.penalty(features, torch.zeros(5))
+    assert told.item() == pytest.approx(0.5 * bits.item(), abs=1e-5)
+    assert precode.divergence(torch.zeros(1), torch.ones(1)).item() == 0
+
+
+def test_the_bottleneck_costs_so_many_parameters():
+    def size(expression: str) -> int:
+        return sum(p.numel() for p in build_model(expression, spec()).parameters())
+
+    features, units = 64, 32
+    extra = size(Precode(bottleneck=units).architecture(SMALL)) - size(SMALL)
+    assert extra == features * 2 * units + 2 * units + units * features + features
+
+
+def test_two_draws_differ_in_every_layer_in_eval_mode_and_least_before_the_bottleneck():
+    images, labels = images_of(4)
+    one, other = (sent(Precode(), SMALL, images, labels, draw=draw).upload for draw in (1, 2))
+    again = sent(Precode(), SMALL, images, labels, draw=1).upload
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    parts = {"before": "body", "encoder": "encoder", "decoder": "decoder", "after": "fc.layer"}
+    moved = {}
+    for part, within in parts.items():
+        a, b = (flat({n: t for n, t in u.items() if within in n}) for u in (one, other))
+        moved[part] = ((a - b).norm() / a.norm()).item()
+    assert moved["before"] > 0.1
+    assert max(moved["before"], moved["encoder"]) < min(moved["decoder"], moved["after"])
+
+
+def test_without_gradients_the_network_repeats():
+    model = build_model(Precode().architecture(SMALL), spec()).double()
+    images, _ = images_of(3)
+    with torch.no_grad():
+        assert torch.equal(model(images), model(images))
+    assert not torch.equal(model(images), model(images))
+
+
+def test_a_layer_that_reads_the_pixels_gives_them_away():
+    images, labels = images_of(1)
+    upload = sent(Precode(), "mlp(hidden=[32])", images, labels).upload
+    row = upload["1.bias"].abs().argmax()
+    read = upload["1.weight"][row] / upload["1.bias"][row]
+    assert (read - images.flatten()).abs().max() < 1e-9
+
+
+def test_the_encoder_gives_the_features_away():
+    images, labels = images_of(1)
+    seen = sent(Precode(), SMALL, images, labels)
+    weight, bias = (seen.upload[f"fc.bottleneck.encoder.{part}"] for part in ("weight", "bias"))
+    features = seen.shared.body(seen.shared.normalize(images)).flatten()  # type: ignore[operator]
+    row = 256 + bias[256:].abs().argmax()  # of the standard deviations, where chance is
+    assert torch.allclose(weight[row] / bias[row], features, atol=1e-9)
+
+
+def test_more_noise_goes_before_the_bottleneck_and_nowhere_else():
+    images, labels = images_of(2)
+    plain = sent(Precode(), SMALL, images, labels).upload
+    noised = sent(Precode(upstream_std=0.1), SMALL, images, labels).upload
+    same = {name: torch.equal(plain[name], noised[name]) for name in plain}
+    assert {name for name, equal in same.items() if not equal} == {
+        name for name in plain if name.startswith("body")
+    }
+    assert Precode().norm_bound("update", 1.0) == 1.0
+    assert Precode(upstream_std=0.1).norm_bound("update", 1.0) is None
+
+
+def test_no_fully_connected_layer_no_bottleneck():
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3))
+    model.spec = spec()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="fully connected"):
+        precode.classifier(model)
+
+
+@pytest.mark.slow
+def test_leaving_the_stochastic_layers_out_finds_the_image(monkeypatch: pytest.MonkeyPatch):
+    """What the attacker matches: everything; what stands before the bottleneck, without noise."""
+    truth = [images_of(1, seed) for seed in range(4)]
+    seen = [sent(Precode(), SMALL, *pair, draw=i) for i, pair in enumerate(truth)]
+    perturbed = [sent(Precode(upstream_std=0.05), SMALL, *p, draw=i) for i, p in enumerate(truth)]
+    whole = [inverted(s, y) for s, (_, y) in zip(seen, truth, strict=True)]
+    monkeypatch.setattr(precode, "drawn_from", lambda mean, std: mean)
+    undefended = [inverted(sent(Precode(), SMALL, *p), p[1]) for p in truth]
+    part = [inverted(s, y, "fc.") for s, (_, y) in zip(seen, truth, strict=True)]
+    noisy = [inverted(s, y, "fc.") for s, (_, y) in zip(perturbed, truth, strict=True)]
+    images = torch.cat([x for x, _ in truth])
+    named = {"whole": whole, "before": part, "before, perturbed": noisy, "no noise": undefended}
+    found = {name: psnr(images, torch.cat(made)).mean().item() for name, made in named.items()}
+    print(found)
+    assert found["before"] > found["whole"] + 5
