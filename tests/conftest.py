@@ -20,7 +20,7 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep each file on one worker (``-n 2 --dist loadgroup``), but for the toys: many, and long."""
+    """Keep a file on one worker (``-n 2 --dist loadgroup``), but for the toys: many, and long."""
     for item in items:
         if item.path.name != "test_toys.py":
             item.add_marker(pytest.mark.xdist_group(str(item.path)))

@@ -16,6 +16,9 @@ from typing import Any
 
 from defense_rows import Row, cifar, measured, rows
 
+from fedsim import registry
+from fedsim.attack import Manipulation
+
 COMMAND = "FEDSIM_TEST_DATA=... python tests/benchmarks/defense_table.py"
 ONE_EACH = {"federation.clients": 64, "federation.local": "fedsgd(batch_size=1, lr=0.1)"}
 #: Attack and federation of each group of columns.
@@ -80,7 +83,10 @@ def adaptive(row: Row, out: Path) -> str:
     if not row.adversary:
         return ""
     flat = {"title": "adaptive", "data.dataset": cifar(out, range(0, 6400, 100), "sixty-four")}
-    flat |= ATTACKS["matching"] | row.keys | {"threat-model": "E", "attack": row.adversary}
+    kind = registry.components("attack")[registry.parse(row.adversary, "attack")[0].name]
+    active = isinstance(kind, type) and issubclass(kind, Manipulation)
+    setting = ATTACKS["imprint"] if active else {**ATTACKS["matching"], "threat-model": "E"}
+    flat |= setting | row.keys | {"attack": row.adversary}
     return f"`{row.adversary}`: {told(flat, out)}"
 
 

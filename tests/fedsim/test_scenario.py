@@ -14,7 +14,7 @@ import torch
 
 from fedsim.attack import Attack
 from fedsim.client_app import app
-from fedsim.defense import Defense
+from fedsim.defense import Defense, Rank
 from fedsim.engines.inline import run_inline
 from fedsim.errors import ScenarioError
 from fedsim.parts import Parts, check, check_writable
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True, kw_only=True)
 class LinearOnly(Defense):
-    rank = 3
+    rank = Rank.CLIP
 
     def check(self, model: torch.nn.Module, kind: str) -> None:
         if kind != "gradient":
@@ -37,7 +37,7 @@ class LinearOnly(Defense):
 
 @dataclass(frozen=True, kw_only=True)
 class Late(Defense):
-    rank = 5
+    rank = Rank.NOISE
 
 
 @dataclass(frozen=True, kw_only=True)

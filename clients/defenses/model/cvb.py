@@ -185,6 +185,11 @@ class CVB(Defense):
         high=13.0,
     )
     rank: ClassVar[Rank] = Rank.MODEL
+    strengths: ClassVar[tuple[str, ...]] = (
+        "cvb(beta=0.01)",
+        "cvb",
+        "cvb(beta=1.0)",
+    )
 
     kernel: Kernel = 5
     beta: Weight = 0.1

@@ -107,6 +107,12 @@ class Dropout(Defense):
         high=17.0,
     )
     rank: ClassVar[Rank] = Rank.MODEL
+    strengths: ClassVar[tuple[str, ...]] = (
+        "dropout(p=0.1)",
+        "dropout(p=0.3)",
+        "dropout(p=0.5)",
+    )
+    adversary: ClassVar[str] = "dropout-inversion(iterations=300, tv=1e-3)"
 
     p: Share = 0.5
 

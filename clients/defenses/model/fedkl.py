@@ -136,6 +136,10 @@ class FedKL(Defense):
         high=13.0,
     )
     rank: ClassVar[Rank] = Rank.MODEL
+    strengths: ClassVar[tuple[str, ...]] = (
+        "fedkl(key_length=64)",
+        "fedkl",
+    )
 
     key_length: Annotated[int, Field(gt=0)] = 1024
     activation: Activation = "relu"

@@ -160,6 +160,10 @@ class PEFL(Defense):
         high=14.0,
     )
     rank: ClassVar[Rank] = Rank.MODEL
+    strengths: ClassVar[tuple[str, ...]] = (
+        "pefl",
+        "pefl(private=True)",
+    )
 
     factors: Factors = 2
     private: bool = False

@@ -163,6 +163,11 @@ class Precode(Defense):
         high=10.0,
     )
     rank: ClassVar[Rank] = Rank.MODEL
+    strengths: ClassVar[tuple[str, ...]] = (
+        "precode(beta=0.01)",
+        "precode",
+        "precode(upstream_std=0.05)",
+    )
 
     bottleneck: Annotated[int, Field(gt=0)] = 256
     beta: Annotated[float, Field(ge=0)] = 1e-3

@@ -107,6 +107,11 @@ class SPN(Defense):
         high=13.0,
     )
     rank: ClassVar[Rank] = Rank.MODEL
+    strengths: ClassVar[tuple[str, ...]] = (
+        "spn(polarization=0.1)",
+        "spn",
+        "spn(polarization=10.0)",
+    )
 
     polarization: Annotated[float, Field(ge=0)] = 1.0
     margin: Annotated[float, Field(gt=0)] = 1.0

@@ -71,9 +71,7 @@ class Censor(Defense):
         high=14.0,
     )
     rank: ClassVar[Rank] = Rank.GRADIENT
-    strengths: ClassVar[tuple[str, ...]] = (
-        "censor(trials=5)",
-    )
+    strengths: ClassVar[tuple[str, ...]] = ("censor(trials=5)",)
 
     trials: Annotated[int, Field(ge=1)] = 20
     trial_lr: Annotated[float, Field(gt=0)] = 1e-4
