@@ -78,6 +78,7 @@ class CentralDP(Defense):
         venue="ICLR",
         year=2018,
         published="no privacy from the server is claimed, and no figure for reconstruction",
+        measured="fedsim run scenarios/central_dp.toml: 16 of 16 images at 20 dB, as undefended",
     )
     toy: ClassVar[ToyCase] = ToyCase(
         scenario={**RATIO_ATTACK, "defenses": "central-dp(norm=0.1, sigma=1.0)"},

@@ -39,6 +39,9 @@ class DPSGD(NoisedSum):
         venue="CCS",
         year=2016,
         published="no figure for reconstruction",
+        measured="fedsim run scenarios/dp_sgd.toml (Robbing the Fed): sigma 1 / 0.1 / 0.01 / 0.001 "
+        "leaves 0 / 0 / 10 / 100 of 129 images at 20 dB, undefended 101 of 128; epsilon 1.14 / "
+        "82 / 5,355 / 503,653",
     )
     toy: ClassVar[ToyCase] = ToyCase(
         scenario={**IMPRINTED, "defenses": "dp-sgd(norm=1.0, sigma=1.0)"},

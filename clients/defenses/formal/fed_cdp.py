@@ -37,6 +37,8 @@ class FedCDP(NoisedSum):
         venue="ICDCS",
         year=2021,
         published="no figure for reconstruction that could be read",
+        measured="fedsim run scenarios/fed_cdp.toml (Robbing the Fed): sigma 6 / 0.001 leaves "
+        "0 / 12 of 104 images at 20 dB",
     )
     toy: ClassVar[ToyCase] = ToyCase(
         scenario={**IMPRINTED, "defenses": "fed-cdp(norm=4.0, sigma=6.0)"},

@@ -57,6 +57,8 @@ class LocalDP(Accounted):
         venue="ICML",
         year=2018,
         published="no figure for reconstruction",
+        measured="fedsim run scenarios/local_dp.toml: epsilon 8 over two rounds, 0 of 32 images "
+        "at 20 dB; epsilon 1e4 in one, ratio attack 6.6 dB, undefended 154, Bayes adversary 15.7",
     )
     toy: ClassVar[ToyCase] = ToyCase(
         scenario={**RATIO_ATTACK, "defenses": "local-dp(norm=1.0, epsilon=8.0)"},
