@@ -42,6 +42,7 @@ from fedsim.receipts import measured_hook
 from fedsim.scenario import Scenario
 
 Verdicts = dict[str, Verdict]  # by how a refusal begins
+ANSWERED = "answered"  # in the store: the rounds that this client took part in
 
 
 def vault_root(context: Context) -> Path:
@@ -74,7 +75,7 @@ def logical_client(msg: Message, context: Context, call_next: ClientAppCallable)
         scenario.seed, "client", client, msg.metadata.group_id, msg.metadata.message_type,
         entropy=entropy,
     )  # fmt: skip
-    with seeds.seeded_globals(secret.initial_seed()):  # SecAgg+ rounds with numpy's global stream
+    with seeds.seeded_globals(secret):  # SecAgg+ rounds with numpy's global stream
         try:
             reply = call_next(msg, own)
         except Refusal as refusal:  # of this round it remembers nothing
@@ -182,8 +183,7 @@ def _respond(
     before = _before(model, defenses)
     trainee = _wrapped(model, defenses, ctx)
     ctx.shared = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
-    noise = ctx.secret("training").initial_seed()
-    with seeds.seeded_globals(noise):  # dropout: nobody may know which units were on
+    with seeds.seeded_globals(ctx.secret("training")):  # nobody may know what dropout left on
         pull = cast(float, config.get("proximal-mu", 0.0))
         trained = parts.local.train(trainee, data, defenses, ctx, pull)
     ctx.trainee = ctx.batch = None
@@ -315,15 +315,20 @@ def _defense_context(
     client, seed = cast(int, context.node_config["client"]), parts.scenario.seed
     entropy = context.node_config.get("secret") == "entropy"
     plan = parts.local.plan(examples, parts.scenario.federation.rounds)
+    store = remembered(context)
+    # A server that calls two rounds by one number must not get the same noise twice.
+    rounds = store.get(ANSWERED, torch.zeros(0, dtype=torch.int64))
+    again = int((rounds == server_round).sum())
+    store[ANSWERED] = torch.cat([rounds, torch.tensor([server_round])])
     return ClientContext(
         client=client,
         round=server_round,
         plan=dataclasses.replace(plan, tensors=trained_tensors(model)),
         public=lambda *names: seeds.generator(seed, "client", client, *names),
         secret=lambda *names: seeds.secret_generator(
-            seed, "client", client, server_round, *names, entropy=entropy
+            seed, "client", client, server_round, again, *names, entropy=entropy
         ),
-        store=remembered(context),
+        store=store,
         run_id=context.run_id,
     )
 

@@ -228,6 +228,11 @@ class Defense:
     #: Its place in a chain.
     rank: ClassVar[Rank] = Rank.CHECK
 
+    @property
+    def refuses_on_examples(self) -> bool:
+        """Whether it may refuse a round for what the client's examples are; the server sees it."""
+        return False
+
     def check(self, model: nn.Module, kind: str) -> None:
         """Refuse a model or an upload kind that this defense cannot act on (``ValueError``)."""
 
@@ -367,11 +372,14 @@ def guarantees(
 ) -> dict[str, Privacy]:
     """Return the formal guarantees of a chain, by defense; each covers all that is uploaded.
 
-    ``sums`` says whether the channel lets the server read nothing but sums over clients.
+    ``sums`` says whether the channel lets the server read nothing but sums over clients.  There is
+    none where a client refuses rounds for what its examples are: that answer is in no ledger.
 
     A norm bound (clipping) holds until a later defense voids it.  FedSGD uploads the gradient it
     trains on, so that the bound goes on from one hook to the other; FedAvg's update is many steps.
     """
+    if any(defense.refuses_on_examples for defense in defenses):
+        return {}
     entering: dict[str, dict[Place, float | None]] = {d.name: {} for d in defenses}
     bound: float | None = None
     places: tuple[Place, ...] = ("gradient", "update")
@@ -392,6 +400,11 @@ def guarantees(
 def _mixes(defenses: Sequence[Defense], name: str) -> bool:
     """Say whether a defense other than ``name`` touches examples, or makes the gradient of them.
 
-    One example's gradient is then not of one example only, or not the one that is clipped.
+    One example's gradient is then not of one example only, or not the one that is clipped.  Nor is
+    it counted right where parameters are added that stay at home: they are of the examples too.
     """
-    return any(d.rank in (Rank.DATA, Rank.GRADIENT) for d in defenses if d.name != name)
+    others = [defense for defense in defenses if defense.name != name]
+    return any(
+        d.rank in (Rank.DATA, Rank.GRADIENT) or type(d).wrap_model is not Defense.wrap_model
+        for d in others
+    )

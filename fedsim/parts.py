@@ -388,9 +388,25 @@ def _check_order(defenses: tuple[Defense, ...], text: str) -> None:
         if first.rank > second.rank:
             remedy = f"{second.name} must come before {first.name}: {BELONGS_BEFORE[second.rank]}"
             raise ScenarioError("defenses", text, remedy)
+    _check_one_way(defenses, text)
     names = [defense.name for defense in defenses]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ScenarioError("defenses", text, f"{min(twice)} stands there twice")
+
+
+def _check_one_way(defenses: tuple[Defense, ...], text: str) -> None:
+    """Refuse two ways to one gradient: of two losses, or a loss and a gradient, one is ignored."""
+    ways = [
+        defense.name
+        for defense in defenses
+        if type(defense).gradients is not Defense.gradients
+        or type(defense).loss is not Defense.loss
+    ]
+    if len(ways) > 1:
+        remedy = (
+            f"{ways[0]} and {ways[1]} each compute the gradient in a way of their own, and only "
+        )
+        raise ScenarioError("defenses", text, f"{remedy}one would act; leave one out")
 
 
 def _check_audit(parts: Parts) -> None:

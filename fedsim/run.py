@@ -307,6 +307,9 @@ class History:
                 if name not in least or found.epsilon > least[name].epsilon:
                     least[name] = found
         told = [{"name": name, **dataclasses.asdict(found)} for name, found in least.items()]
+        if self.parts.scenario.audit.baseline:
+            for one in told:
+                one["mechanism"] += "; what clients sent for the baseline is not covered"
         return [one if isfinite(one["epsilon"]) else {**one, "epsilon": None} for one in told]
 
     def facts(self, accuracy: dict[str, float | None] | None = None) -> dict[str, Any]:

@@ -23,6 +23,9 @@ from pathlib import Path
 
 import torch
 
+# Of torch's Mersenne Twister: its words, and where they begin in ``Generator.get_state()``.
+_WORDS, _STATE = 624, 24
+
 
 def home() -> Path:
     """Return ``$FEDSIM_HOME`` (default ``~/fedsim``)."""
@@ -61,17 +64,36 @@ def secret_key() -> bytes:
 
 
 def secret_generator(seed: int, *names: object, entropy: bool = False) -> torch.Generator:
-    """Return a CPU generator of the secret stream; ``entropy`` ignores the seed."""
+    """Return a CPU generator of the secret stream; ``entropy`` ignores the seed.
+
+    Its whole state is secret.  It is torch's Mersenne Twister: nobody can guess it, and it is still
+    no cipher: whoever read enough of its raw numbers could go on with them.
+    """
     if entropy:
-        return torch.Generator().manual_seed(secrets.randbits(63))
+        return _generator_of(secrets.token_bytes(4 * _WORDS))
+    return _generator_of(hashlib.shake_256(secret_bytes(seed, *names)).digest(4 * _WORDS))
+
+
+def secret_bytes(seed: int, *names: object) -> bytes:
+    """Return 32 bytes for one named use of the secret stream: a key, say."""
     text = "/".join([str(seed), *map(str, names)])
-    digest = hmac.new(secret_key(), text.encode(), hashlib.sha256).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return hmac.new(secret_key(), text.encode(), hashlib.sha256).digest()
+
+
+def _generator_of(content: bytes) -> torch.Generator:
+    """Return a generator whose state is these bytes: of a seed ``manual_seed`` keeps 32 bits."""
+    generator = torch.Generator().manual_seed(0)
+    state = generator.get_state()
+    words = torch.frombuffer(bytearray(content), dtype=torch.uint32).to(torch.int64)
+    state[_STATE : _STATE + 8 * _WORDS] = words.view(torch.uint8)
+    return generator.set_state(state)
 
 
 @contextmanager
-def seeded_globals(seed: int) -> Iterator[None]:
+def seeded_globals(seed: int | torch.Generator) -> Iterator[None]:
     """Seed ``random``, ``numpy.random`` and torch's CPU generator, and put them back afterwards.
+
+    A generator hands over as much of its state as each of them holds.
 
     Only for library code that takes no generator: Flower samples nodes with ``random`` and rounds
     SecAgg+ with ``numpy.random``; ``torch.nn`` initializes from the global generator.
@@ -79,11 +101,17 @@ def seeded_globals(seed: int) -> Iterator[None]:
     import numpy as np
 
     states = random.getstate(), np.random.get_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            if isinstance(seed, torch.Generator):
+                words = torch.randint(2**32, (_WORDS,), generator=seed)
+                random.seed(words.numpy().tobytes())
+                np.random.seed(words.numpy().astype(np.uint32))
+                torch.set_rng_state(seed.get_state())
+            else:
+                random.seed(seed)
+                np.random.seed(seed % 2**32)
+                torch.manual_seed(seed)
             yield
     finally:
         random.setstate(states[0])

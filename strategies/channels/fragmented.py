@@ -12,8 +12,8 @@ so that the server's sum is what it would have been, and no upload is anybody's.
 client makes a key pair (X25519) and the server tells each its partner's public key; each trains
 and sends ``M w`` encrypted with ChaCha20-Poly1305 under a key of its own direction, bound to the
 round; each decrypts its partner's, mixes and uploads.  M comes out of the shared secret too
-(ChaCha20's stream), so that it never travels.  Private keys come from the client's secret stream
-(seeds of 63 bits), or from the operating system (``secret='entropy'``).
+(ChaCha20's stream), so that it never travels.  Private keys come from the client's secret stream,
+or from the operating system (``secret='entropy'``).
 
 **Unequal clients.**  A client of n examples weighs n in the federation's mean, and the sum that has
 to stay is ``n_k w_k + n_j w_j``.  Both upload updates scaled by ``n / m`` and say that they weigh
@@ -43,7 +43,6 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, cast
 
 import numpy as np
-import torch
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -184,10 +183,9 @@ def _private_key(context: Context, server_round: int) -> bytes:
     """Return a new private key: the operating system's, or the secret stream's, which repeats."""
     if context.node_config.get("secret") == "entropy":
         return secrets.token_bytes(32)
-    generator = seeds.secret_generator(
+    return seeds.secret_bytes(
         cast(int, context.run_config["seed"]), "fragmented", context.node_id, server_round
     )
-    return bytes(torch.randint(0, 256, (32,), generator=generator).tolist())
 
 
 @dataclass(frozen=True)

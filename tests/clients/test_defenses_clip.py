@@ -57,3 +57,9 @@ def test_it_acts_where_it_is_told_to() -> None:
     assert at_gradient.transform_update(before, context()) is before
     assert global_norm(at_update.transform_update(before, context())) <= 1
     assert global_norm(at_gradient.transform_gradient(before, context())) <= 1
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_what_is_not_finite_counts_as_nothing(odd: float) -> None:
+    tensors = {"a": torch.tensor([1.0, odd]), "b": torch.ones(3)}
+    assert all(not tensor.any() for tensor in clipped(tensors, 1.0).values())

@@ -7,14 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
-from fedsim.defense import ClientContext, Defense, ServerContext, TrainingPlan
+from fedsim.client_app import _defense_context
+from fedsim.client_state import remember
+from fedsim.defense import ClientContext, Defense, ServerContext, TrainingPlan, guarantees
+from fedsim.errors import ScenarioError
 from fedsim.federation import Wrapper, with_arrays
+from fedsim.parts import Parts, check
 from fedsim.view import SavedViews
-from tests.fedsim.small import federated, plug_in
+from tests.fedsim.small import federated, plug_in, scenario
 
 RATE = "private.rate"
 
@@ -105,3 +109,52 @@ def test_what_the_server_does_itself_stands_between_uploads_and_average(tmp_path
     ran = federated(tmp_path, {"defenses": "freezing", "federation.rounds": 2})
     before, after = ran.federation["accuracy"]["before"], ran.federation["accuracy"]["after"]
     assert np.isclose(before, after)
+
+
+@pytest.mark.parametrize(
+    ("chain", "said"),
+    [
+        ("refiner | dp-sgd", "refiner and dp-sgd each compute the gradient in a way of their own"),
+        ("precode | dp-sgd", "precode and dp-sgd each"),
+        ("gaussian | local-dp", "local-dp must come before gaussian: a norm cut off after noise"),
+        ("quantize | soteriafl", "soteriafl must come before quantize"),
+        ("local-dp | dpfl", "dpfl must come before local-dp: it makes the gradient"),
+    ],
+)
+def test_a_chain_that_breaks_its_own_guarantee_is_refused(
+    chain: str, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ScenarioError, match=said):
+        check(Parts(scenario(tmp_path, {"defenses": chain, "threat-model": "B"})))
+
+
+@pytest.mark.parametrize(
+    ("chain", "told"),
+    [
+        ("dp-sgd", {"dp-sgd"}),
+        ("self-audit | local-dp", {"local-dp"}),
+        ("self-audit(refuse_above=20.0) | local-dp", set()),
+        ("gradient-concentration(refuse_above=0.5) | dp-sgd", set()),
+        ("label-based | local-dp", set()),
+        ("dp-sgd | graddefense", set()),
+        ("spn | fed-cdp", set()),
+    ],
+)
+def test_no_epsilon_is_told_where_something_else_tells_of_the_examples(
+    chain: str, told: set[str], tmp_path: Path
+) -> None:
+    parts = Parts(scenario(tmp_path, {"defenses": chain}))
+    assert guarantees(parts.defenses, parts.plan(32)).keys() == told
+
+
+def test_a_round_asked_for_twice_gets_other_noise(tmp_path: Path) -> None:
+    """A server that gives two rounds one number must not be able to subtract the noise."""
+    changes = {"defenses": "gaussian(std=0.5)", "attack": "linear-inversion"}
+    parts = Parts(scenario(tmp_path, changes))
+    context = Context(7, 1, {"client": 0}, RecordDict(), parts.scenario.flat())
+    drawn = []
+    for _ in range(2):
+        ctx = _defense_context(parts, context, 1, 32, parts.model())
+        drawn.append(torch.randn(4, generator=ctx.secret("noise")))
+        remember(context, ctx.store)
+    assert not torch.equal(drawn[0], drawn[1])

@@ -33,20 +33,47 @@ def test_one_use_tells_nothing_of_another() -> None:
     assert not others & {seeds.derive(attack, *n) for n in (("model",), ("partition",))}
 
 
+def first(generator: torch.Generator) -> list[int]:
+    return torch.randint(2**62, (4,), generator=generator).tolist()
+
+
+def test_a_secret_stream_is_none_of_the_four_billion_that_a_seed_can_begin() -> None:
+    """``manual_seed`` keeps 32 bits, which can all be tried; here the whole state is secret."""
+    generator = seeds.secret_generator(7, "noise")
+    state = generator.get_state()
+    seeded = torch.Generator().manual_seed(generator.initial_seed()).get_state()
+    same = state[24:5016].view(torch.int64) == seeded[24:5016].view(torch.int64)
+    assert same.float().mean() < 0.01
+    noise = torch.randn(200_000, generator=generator)
+    assert abs(float(noise.mean())) < 0.01
+    assert abs(float(noise.std()) - 1) < 0.01
+    entropy = [first(seeds.secret_generator(7, "noise", entropy=True)) for _ in range(2)]
+    assert entropy[0] != entropy[1]
+
+
+def test_global_streams_begin_where_a_generator_is() -> None:
+    drawn = []
+    for name in ("one", "other", "one"):
+        with seeds.seeded_globals(seeds.secret_generator(7, name)):
+            drawn.append((random.random(), np.random.rand(), float(torch.rand(1))))
+    assert drawn[0] == drawn[2]
+    assert not set(drawn[0]) & set(drawn[1])
+
+
 def test_the_secret_stream_hangs_on_the_key_and_not_on_the_seed_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("FEDSIM_SECRET_KEY", "11" * 32)
-    one = seeds.secret_generator(7, "noise").initial_seed()
-    assert one == seeds.secret_generator(7, "noise").initial_seed()
-    assert one != seeds.secret_generator(8, "noise").initial_seed()
-    assert one != seeds.generator(7, "noise").initial_seed()
+    one = first(seeds.secret_generator(7, "noise"))
+    assert one == first(seeds.secret_generator(7, "noise"))
+    assert one != first(seeds.secret_generator(8, "noise"))
+    assert one != first(seeds.generator(7, "noise"))
     monkeypatch.setenv("FEDSIM_SECRET_KEY", "22" * 32)
-    assert one != seeds.secret_generator(7, "noise").initial_seed()
+    assert one != first(seeds.secret_generator(7, "noise"))
 
 
 def test_entropy_ignores_seed_and_key() -> None:
-    found = {seeds.secret_generator(7, "x", entropy=True).initial_seed() for _ in range(4)}
+    found = {tuple(first(seeds.secret_generator(7, "x", entropy=True))) for _ in range(4)}
     assert len(found) == 4
 
 

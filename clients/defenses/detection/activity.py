@@ -62,6 +62,11 @@ class Activity(Defense):
     dead: Share | None = None
     silent: Share | None = None
 
+    @property
+    def refuses_on_examples(self) -> bool:
+        """Whether a limit is set."""
+        return self.dead is not None or self.silent is not None
+
     def inspect(
         self,
         model: nn.Module,

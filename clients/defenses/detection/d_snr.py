@@ -64,6 +64,11 @@ class DSNR(Defense):
 
     refuse_above: Annotated[float, Field(gt=0)] | None = None
 
+    @property
+    def refuses_on_examples(self) -> bool:
+        """Whether a limit is set."""
+        return self.refuse_above is not None
+
     def inspect(
         self,
         model: nn.Module,

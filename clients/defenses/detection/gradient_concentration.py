@@ -72,6 +72,11 @@ class GradientConcentration(Defense):
     refuse_above: Share | None = None
     coordinates: Share | None = None
 
+    @property
+    def refuses_on_examples(self) -> bool:
+        """Whether a limit is set."""
+        return self.refuse_above is not None or self.coordinates is not None
+
     def inspect(
         self,
         model: nn.Module,

@@ -71,6 +71,11 @@ class RowDSNR(Defense):
     alone: Share | None = None
     differences: Share | None = None
 
+    @property
+    def refuses_on_examples(self) -> bool:
+        """Whether a limit is set."""
+        return (self.rows, self.alone, self.differences) != (None, None, None)
+
     def inspect(
         self,
         model: nn.Module,

@@ -82,6 +82,11 @@ class SelfAudit(Defense):
     images: Annotated[float, Field(ge=0, lt=1)] | None = None
     recognizable: Annotated[float, Field(gt=0)] = 20.0
 
+    @property
+    def refuses_on_examples(self) -> bool:
+        """Whether a limit is set."""
+        return self.refuse_above is not None or self.images is not None
+
     def inspect(
         self,
         model: nn.Module,

@@ -75,7 +75,7 @@ class AdaptiveNoiseDP(Accounted):
         low=3.0,
         high=10.0,
     )
-    rank: ClassVar[Rank] = Rank.NOISE
+    rank: ClassVar[Rank] = Rank.CLIP
     strengths: ClassVar[tuple[str, ...]] = (
         "adaptive-noise-dp(norm=0.1, sigma=0.01)",
         "adaptive-noise-dp(norm=0.1, sigma=0.1)",

@@ -207,6 +207,8 @@ class CentralServer(Wrapper):
             update = {name: arrays[name].numpy() - array for name, array in before.items()}
             length = math.sqrt(sum(float(np.square(u).sum()) for u in update.values()))
             short += length <= self.norm
+            if not math.isfinite(length):  # nothing bounds it: it counts as no change
+                continue
             factor = self.norm / length if length > self.norm else 1.0
             for name, part in update.items():
                 total[name] += factor * part

@@ -63,7 +63,7 @@ class DistributedDP(Accounted):
         low=3.0,
         high=14.0,
     )
-    rank: ClassVar[Rank] = Rank.NOISE
+    rank: ClassVar[Rank] = Rank.CLIP
     strengths: ClassVar[tuple[str, ...]] = (
         "distributed-dp(norm=0.1, sigma=0.01)",
         "distributed-dp(norm=0.1, sigma=0.1)",

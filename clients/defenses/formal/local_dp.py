@@ -66,7 +66,7 @@ class LocalDP(Accounted):
         low=3.0,
         high=10.0,
     )
-    rank: ClassVar[Rank] = Rank.NOISE
+    rank: ClassVar[Rank] = Rank.CLIP
     strengths: ClassVar[tuple[str, ...]] = (
         "local-dp(norm=0.1, epsilon=1000.0)",
         "local-dp(norm=0.1, epsilon=100.0)",

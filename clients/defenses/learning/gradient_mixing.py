@@ -69,6 +69,7 @@ class GradientMixing(Defense):
         high=28.0,
     )
     rank: ClassVar[Rank] = Rank.DATA
+    refuses_on_examples: ClassVar[bool] = True  # too few of each class
     strengths: ClassVar[tuple[str, ...]] = (
         "gradient-mixing(objective='cross-entropy')",
         "gradient-mixing(objective='squared')",

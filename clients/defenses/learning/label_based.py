@@ -66,6 +66,7 @@ class LabelBased(Defense):
         high=32.0,
     )
     rank: ClassVar[Rank] = Rank.DATA
+    refuses_on_examples: ClassVar[bool] = True  # too few of each class
     strengths: ClassVar[tuple[str, ...]] = (
         "label-based(repeats=2)",
         "label-based(repeats=4)",

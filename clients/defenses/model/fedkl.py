@@ -153,7 +153,7 @@ class FedKL(Defense):
         name = next(n for n, _ in model.named_modules() if n.rpartition(".")[2] == PART)
         block = model.get_submodule(name.rpartition(".")[0])
         weight = next(block.parameters())
-        with seeds.seeded_globals(ctx.secret(self.name).initial_seed()):
+        with seeds.seeded_globals(ctx.secret(self.name)):
             lock = Lock(weight.shape[0], self.key_length, self.activation)
         lock.to(weight.device, weight.dtype)
         if (known := ctx.store.get(f"{self.name}.key")) is not None:

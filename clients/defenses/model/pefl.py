@@ -177,7 +177,7 @@ class PEFL(Defense):
         for name, cascade in list(model.named_modules()):
             if self.private and isinstance(cascade, Cascade):
                 like = cast(nn.Linear, cascade.factors[0]).weight
-                with seeds.seeded_globals(ctx.secret(self.name, name).initial_seed()):
+                with seeds.seeded_globals(ctx.secret(self.name, name)):
                     own = nn.Linear(like.shape[1], like.shape[0], bias=False)
                 own.to(like.device, like.dtype)
                 remembered(own, f"{self.name}.{name}", ctx)

@@ -123,7 +123,7 @@ class SPN(Defense):
     def wrap_model(self, model: nn.Module, ctx: ClientContext) -> nn.Module:
         """Put the branch beside the classifier, under a name of its own."""
         last = classifier(model)
-        with seeds.seeded_globals(ctx.secret(self.name).initial_seed()):
+        with seeds.seeded_globals(ctx.secret(self.name)):
             branch = Branch(last.inputs[-1], last.outputs[-1], self.polarization, self.margin)
         like = next(model.parameters())
         branch.to(like.device, like.dtype)

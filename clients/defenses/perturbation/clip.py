@@ -82,10 +82,16 @@ def global_norm(tensors: Tensors) -> float:
 
 
 def clipped(tensors: Tensors, norm: float) -> Tensors:
-    """Return the tensors scaled to at most ``norm``; the very same ones if they already are."""
+    """Return the tensors scaled to at most ``norm``; the very same ones if they already are.
+
+    What is not finite has no length that could be bounded: it counts as nothing, all of it, or the
+    server would learn which data a model overflows on.
+    """
     before = global_norm(tensors)
     if before <= norm:
         return tensors
+    if not math.isfinite(before):
+        return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     # A few units in the last place less, so that rounding never leaves more than ``norm``.
     rounding = max(torch.finfo(tensor.dtype).eps for tensor in tensors.values())
     factor = norm / before * (1 - 4 * rounding)

@@ -72,7 +72,7 @@ class DPFL(Defense):
         low=3.0,
         high=14.0,
     )
-    rank: ClassVar[Rank] = Rank.NOISE
+    rank: ClassVar[Rank] = Rank.GRADIENT
     strengths: ClassVar[tuple[str, ...]] = (
         "dpfl(epsilon=1000.0)",
         "dpfl(epsilon=100.0)",

@@ -75,7 +75,7 @@ class GradDefense(Defense):
         low=12.0,
         high=90.0,
     )
-    rank: ClassVar[Rank] = Rank.NOISE
+    rank: ClassVar[Rank] = Rank.GRADIENT
     strengths: ClassVar[tuple[str, ...]] = (
         "graddefense(perturbed=2)",
         "graddefense(perturbed=5)",

@@ -98,7 +98,7 @@ class SoteriaFL(Defense):
         low=3.0,
         high=16.0,
     )
-    rank: ClassVar[Rank] = Rank.QUANTIZE
+    rank: ClassVar[Rank] = Rank.CLIP
     strengths: ClassVar[tuple[str, ...]] = (
         "soteriafl(std=1e-4)",
         "soteriafl(std=1e-3)",
