@@ -321,6 +321,12 @@ ABOUT = (
     ),
     ("`gradinversion`", "weights", "A", "Yin et al. 2021; names no label twice"),
     (
+        "`e2egi`",
+        "weights",
+        "A",
+        "Li et al. 2023; an untrained network, and features that are not negative",
+    ),
+    (
         "`rlg`",
         "weights",
         "A",
