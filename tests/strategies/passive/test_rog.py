@@ -25,6 +25,7 @@ from strategies.attacks.optimization.optimizers import Adam
 from strategies.attacks.optimization.parametrizations import Pixels
 from strategies.attacks.optimization.schedules import cosine
 from strategies.attacks.optimization.surrogate_gradients import by_model
+from tests.clients.one_update import context
 from tests.strategies.passive.honest import (
     Honest,
     batch,
@@ -59,7 +60,7 @@ def nearest_enlarged(images, factor):
 
 def pruned(view, ratio):
     """Return a view of which each tensor lost its smallest entries."""
-    received = Prune(ratio=ratio).transform_update(view.received, None)
+    received = Prune(ratio=ratio).transform_update(view.received, context())
     return dataclasses.replace(view, received=received)
 
 
