@@ -1,8 +1,13 @@
 """Every test has a home of its own, no network, and few threads."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side, and what they start, share cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 
