@@ -53,12 +53,12 @@ def test_the_lock_by_hand():
 
 
 def test_another_lock_opens_little_and_another_key_opens_all():
-    """One client alone, four epochs over 640 digits.
+    """One client alone, six epochs over 640 digits.
 
     With its key, another key, another client's lock, the authors' zeros, and no lock at all.
     """
     data = LocalData(digits().subset(torch.arange(640)), torch.device("cpu"), torch.float32)
-    rule = FedAvg(epochs=4, batch_size=16, lr=0.03)
+    rule = FedAvg(epochs=6, batch_size=16, lr=0.03)
     model = initial_model(FedKL().architecture(SMALL), spec(), 1)
     shared = copy.deepcopy(model)
     ctx = context(1)
@@ -83,8 +83,8 @@ def test_another_lock_opens_little_and_another_key_opens_all():
     made = {"key": trained, "wrong key": wrong, "another lock": another, "zeros": zeros}
     found = {name: accuracy(network) for name, network in {**made, "no lock": shared}.items()}
     print(found)
-    assert found["key"] > 0.6  # 0.73 to 0.94 by the draw of key and lock
-    assert max(found["another lock"], found["zeros"]) < found["key"] - 0.3
+    assert found["key"] > 0.8
+    assert max(found["another lock"], found["zeros"]) < found["key"] - 0.4
     assert found["wrong key"] > found["key"] - 0.1
 
 
