@@ -79,13 +79,27 @@ def cifar(out: Path, places: Sequence[int], name: str) -> str:
     return f"tensors(path='{file}')"
 
 
-def measured(flat: dict[str, Any], out: Path, command: str) -> dict[str, Any]:
-    """Return a run's report, kept without its run; ``refused`` says why there is none."""
+class NotRunError(Exception):
+    """A cell is not there, and is not to be run now."""
+
+
+def measured(
+    flat: dict[str, Any], out: Path, command: str, *, finished: bool = False
+) -> dict[str, Any]:
+    """Return a run's report, kept without its run; ``refused`` says why there is none.
+
+    Raises
+    ------
+    NotRunError
+        If only what is ``finished`` is wanted, and this is not.
+    """
     told = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16]
     file = out / f"{flat['title']}-{told}.json"
     if file.exists():
         kept: dict[str, Any] = json.loads(file.read_text())
         return kept
+    if finished:
+        raise NotRunError
     common = {"federation.threads": 1, "federation.timeout": 3000.0, "output.dir": str(out)}
     print(f"-- {flat['title']}: {flat.get('defenses') or flat.get('channel')}", flush=True)
     try:
