@@ -38,7 +38,7 @@ from fedsim.models import build_model, load_arrays, trained_tensors, uploaded_na
 from fedsim.parts import Parts
 from fedsim.placing import places_in, whole
 from fedsim.population import ADDRESS, node_of
-from fedsim.receipts import measured_hook
+from fedsim.receipts import in_network, measured_model
 from fedsim.scenario import Scenario
 
 Verdicts = dict[str, Verdict]  # by how a refusal begins
@@ -181,6 +181,8 @@ def _respond(
     _refuse(verdicts, ctx, vault_root(context))
     _worker.idle = {}
     before = _before(model, defenses)
+    for defense in defenses:
+        ctx.effect(defense).changed |= in_network(defense, parts.scenario.model.name, own[0])
     trainee = _wrapped(model, defenses, ctx)
     ctx.shared = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     with seeds.seeded_globals(ctx.secret("training")):  # nobody may know what dropout left on
@@ -298,7 +300,7 @@ def _wrapped(model: nn.Module, defenses: tuple[Defense, ...], ctx: ClientContext
     if wrapping:
         model = copy.deepcopy(model)
     for defense in wrapping:
-        model = measured_hook(ctx.effect(defense), defense.wrap_model, model, ctx)
+        model = measured_model(ctx.effect(defense), defense.wrap_model, model, ctx)
     return model
 
 
