@@ -229,6 +229,11 @@ class Defense:
     rank: ClassVar[Rank] = Rank.CHECK
 
     @property
+    def in_each_sum(self) -> int:
+        """How many of the federation's own clients a sum must hold for the guarantee to be true."""
+        return 0
+
+    @property
     def refuses_on_examples(self) -> bool:
         """Whether it may refuse a round for what the client's examples are; the server sees it."""
         return False

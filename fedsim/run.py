@@ -25,7 +25,7 @@ from fedsim import registry, report
 from fedsim.adversary import build_knowledge, reconstruct
 from fedsim.attack import Active, Manipulation
 from fedsim.data import DataSpec, Split, split_test
-from fedsim.defense import Defense, Privacy, ServerContext, guarantees
+from fedsim.defense import Defense, Privacy, Rank, ServerContext, guarantees
 from fedsim.errors import RunFailed
 from fedsim.federation import Applied, Refereed, build_strategy
 from fedsim.interception import Interception
@@ -307,10 +307,34 @@ class History:
                 if name not in least or found.epsilon > least[name].epsilon:
                     least[name] = found
         told = [{"name": name, **dataclasses.asdict(found)} for name, found in least.items()]
-        if self.parts.scenario.audit.baseline:
-            for one in told:
+        at_server = {d.name for d in self.parts.defenses if d.rank is Rank.SERVER}
+        for one in told:
+            if self._counts_differ and one["unit"] == "client" and one["name"] not in at_server:
+                one["mechanism"] += "; the number of examples is sent beside it, not covered"
+            if self.parts.scenario.audit.baseline:
                 one["mechanism"] += "; what clients sent for the baseline is not covered"
         return [one if isfinite(one["epsilon"]) else {**one, "epsilon": None} for one in told]
+
+    @property
+    def _counts_differ(self) -> bool:
+        """Say whether a client's count of examples tells of its data.
+
+        A full batch's does not, nor the sum of all counts.
+        """
+        plans = [self.parts.plan(len(own)) for own in self.parts.partitions]
+        full = all(p.kind == "gradient" and p.batch_size <= p.examples for p in plans)
+        return not full and not self.parts.channel.aggregates
+
+    def _withheld(self, name: str) -> str:
+        """Say in which round a sum held less of the noise than a defense's promise counts on."""
+        needed = next(d.in_each_sum for d in self.parts.defenses if d.name == name)
+        clients = self.parts.scenario.federation.clients
+        for server_round, together in self.ledger.summed.items():
+            own = sum(client < clients for client in together)
+            if own < needed:
+                told = f"the sum of round {server_round} held the noise of {own}"
+                return f"{told} of the {needed} clients that it counts on"
+        return ""
 
     def facts(self, accuracy: dict[str, float | None] | None = None) -> dict[str, Any]:
         """Return what is known so far."""
@@ -337,7 +361,7 @@ class History:
                 }
                 for d in self.parts.defenses
             ],
-            "privacy": self.privacy,
+            "privacy": [{**one, "withheld": self._withheld(one["name"])} for one in self.privacy],
             "server": self.server,
             "refusals": ledger.refusals(federation.clients),
             "manipulation": self.manipulation,

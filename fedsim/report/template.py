@@ -267,7 +267,8 @@ attack made. Of three, the one that leaks most by this run's criterion stands fo
 {% else %}<td colspan="4" class="no">no receipt</td>{% endif %}
 <td>{% if defense.epsilon %}{% if defense.epsilon.epsilon is not none %}\
 ε = {{ defense.epsilon.epsilon | figure }}{% if defense.epsilon.delta is not none %} at \
-δ = {{ defense.epsilon.delta | figure }}{% endif %}{% else %}no finite ε{% endif %}\
+δ = {{ defense.epsilon.delta | figure }}{% endif %}{% elif defense.epsilon.withheld %}ε withheld: \
+{{ defense.epsilon.withheld }}{% else %}no finite ε{% endif %}\
 <br><span class="quiet">{{ [defense.epsilon.unit, defense.epsilon.relation, \
 defense.epsilon.mechanism] | select | join(', ') }}</span>\
 {% if defense.spent %}<br>spent: ε = {{ defense.spent[0].epsilon | figure }} at most{% endif %}\
