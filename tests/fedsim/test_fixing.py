@@ -74,7 +74,7 @@ def test_a_defense_that_brings_batchnorm_itself_is_named(tmp_path: Path) -> None
     changes = {"defenses": "fedkl | dp-sgd", "model.name": "convnet(width=8)"}
     for model in ("convnet(width=8)", WITH[1]):
         both = scenario(tmp_path, {**changes, "model.name": model})
-        with pytest.raises(ScenarioError, match="fedkl puts a layer into .* dp-sgd cannot carry"):
+        with pytest.raises(ScenarioError, match=r"fedkl puts a layer into .* dp-sgd cannot carry"):
             fixes(both)
     assert fixes(scenario(tmp_path, {**changes, "defenses": "fedkl"})) == {}
     assert fixes(scenario(tmp_path, {**changes, "defenses": "pefl | dp-sgd"})) == {}
