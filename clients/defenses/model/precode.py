@@ -1,11 +1,12 @@
 """PRECODE: a variational bottleneck before the classifier makes gradients a matter of chance.
 
-For features h the client draws, in train and in eval mode alike,
+For features h the client draws, wherever a gradient is taken, in train and in eval mode alike,
 
     (m, r) = W_e h + b_e,  s = softplus(r),  z = m + s e with e ~ N(0, I),  h' = W_d z + b_d
 
 feeds the classifier h' and adds ``beta * KL(N(m, s^2) || N(0, I))`` to the loss: in bits, summed
-over the K units and averaged over the batch.
+over the K units and averaged over the batch.  Where no gradient is taken there is no noise, z = m:
+the server's accuracy is that of the mean (the authors' code draws there too).
 Scheliga, Maeder and Seeland, "PRECODE - A Generic Model Extension to Prevent Deep Gradient
 Leakage", WACV 2022, Sec. 3, and the authors' code (K = 256, beta = 1e-3).  The bottleneck is part
 of the network that server and clients share, attackers included; only e is secret.
