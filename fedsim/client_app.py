@@ -73,7 +73,7 @@ def logical_client(msg: Message, context: Context, call_next: ClientAppCallable)
     scenario = _parts(own).scenario
     secret = seeds.secret_generator(
         scenario.seed, "client", client, msg.metadata.group_id, msg.metadata.message_type,
-        entropy=entropy,
+        run_id=context.run_id, entropy=entropy,
     )  # fmt: skip
     with seeds.seeded_globals(secret):  # SecAgg+ rounds with numpy's global stream
         try:
@@ -322,14 +322,17 @@ def _defense_context(
     rounds = store.get(ANSWERED, torch.zeros(0, dtype=torch.int64))
     again = int((rounds == server_round).sum())
     store[ANSWERED] = torch.cat([rounds, torch.tensor([server_round])])
+
+    def secret(*names: object) -> torch.Generator:
+        own = "client", client, server_round, again, *names
+        return seeds.secret_generator(seed, *own, run_id=context.run_id, entropy=entropy)
+
     return ClientContext(
         client=client,
         round=server_round,
         plan=dataclasses.replace(plan, tensors=trained_tensors(model)),
         public=lambda *names: seeds.generator(seed, "client", client, *names),
-        secret=lambda *names: seeds.secret_generator(
-            seed, "client", client, server_round, again, *names, entropy=entropy
-        ),
+        secret=secret,
         store=store,
         run_id=context.run_id,
     )

@@ -69,7 +69,7 @@ def federate(parts: Parts, grid: Grid, context: Context, folder: RunFolder) -> b
     secure aggregation halted, in every round.
     """
     scenario = parts.scenario
-    acting = server_context(parts)
+    acting = server_context(parts, context.run_id)
     role, receipts, knowledge = _server(parts, folder, acting)
     history = History(parts, Ledger(), receipts, knowledge, acting.figures)
 

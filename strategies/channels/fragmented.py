@@ -178,8 +178,8 @@ def _public_key(asked: ConfigRecord, memory: ConfigRecord, context: Context) -> 
     server_round = cast(int, asked["round"])
     if memory.get("round") != server_round:
         made = cast(int, memory.get("made", 0)) + 1
-        private = _private_key(context, server_round, made)
-        memory = ConfigRecord({"round": server_round, "made": made, "key": private})
+        new = _private_key(context, server_round, made)
+        memory = ConfigRecord({"round": server_round, "made": made, "key": new})
         context.state[RECORD] = memory
     private = X25519PrivateKey.from_private_bytes(cast(bytes, memory["key"]))
     return RecordDict({RECORD: ConfigRecord({"key": private.public_key().public_bytes_raw()})})
@@ -189,8 +189,9 @@ def _private_key(context: Context, server_round: int, made: int) -> bytes:
     """Return a new private key: the operating system's, or the secret stream's, which repeats."""
     if context.node_config.get("secret") == "entropy":
         return secrets.token_bytes(32)
+    names = "fragmented", context.node_id, server_round, made
     seed = cast(int, context.run_config["seed"])
-    return seeds.secret_bytes(seed, "fragmented", context.node_id, server_round, made)
+    return seeds.secret_bytes(seed, *names, run_id=context.run_id)
 
 
 @dataclass(frozen=True)
