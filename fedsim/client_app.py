@@ -32,7 +32,16 @@ from fedsim import seeds
 from fedsim.audit.vault import VaultRecord, deposit
 from fedsim.client_state import remember, remembered
 from fedsim.data import DataSpec, Split, load_dataset
-from fedsim.defense import REFUSED, Batch, ClientContext, Defense, Refusal, Tensors, Verdict
+from fedsim.defense import (
+    REFUSED,
+    Batch,
+    ClientContext,
+    Defense,
+    Refusal,
+    Tensors,
+    Verdict,
+    norm_bounds,
+)
 from fedsim.local import LocalData
 from fedsim.models import build_model, load_arrays, trained_tensors, uploaded_names
 from fedsim.parts import Parts
@@ -174,7 +183,7 @@ def _respond(
     data = LocalData(split, parts.device, parts.dtype)
     ctx = _defense_context(parts, context, cast(int, config["server-round"]), len(data), model)
     ctx.model, ctx.spec, ctx.places = own[0], own[1], places_in(msg.content)
-    ctx.labels = split.labels
+    ctx.labels, ctx.bounds = split.labels, norm_bounds(defenses, ctx.plan)
     probe = parts.local.probe(data, ctx)
     _worker.idle = {own: model}  # who refuses it has not touched it: each looks at a copy
     verdicts = _inspect(model, defenses, probe, ctx)
