@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from clients.defenses.model.network import Penalized, classifier, penalized_loss, replace
+from clients.noise import noised
 from fedsim.attack import Paper, ToyCase
 from fedsim.data import DataSpec
 from fedsim.defense import Batch, ClientContext, Defense, Place, Rank, Tensors
@@ -188,12 +189,10 @@ class Precode(Defense):
         if not self.upstream_std:
             return update
         generator = ctx.secret(self.name, ctx.round)
-        noised, before = {}, True
-        for name, tensor in update.items():
-            before = before and f".{PART}." not in name
-            noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-            noised[name] = tensor + self.upstream_std * noise.to(tensor) if before else tensor
-        return noised
+        names = list(update)
+        first = next((i for i, name in enumerate(names) if f".{PART}." in name), len(names))
+        before = {name: update[name] for name in names[:first]}
+        return {**update, **noised(before, self.upstream_std, generator)}
 
     def norm_bound(self, at: Place, entering: float | None) -> float | None:
         """Return None where noise is added: it has no bound."""
