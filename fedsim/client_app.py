@@ -26,7 +26,7 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
-from torch import nn
+from torch import Tensor, nn
 
 from fedsim import seeds
 from fedsim.audit.vault import VaultRecord, deposit
@@ -173,50 +173,60 @@ _worker = _Worker()
 def _respond(
     msg: Message, context: Context, defenses: tuple[Defense, ...], *, truth: bool
 ) -> Message:
-    parts = _parts(context)
-    config = msg.content.config_records["config"]
+    """Look at the model, train it, look at what came of it, and upload; or refuse (``Refusal``)."""
+    parts, vault = _parts(context), vault_root(context)
     torch.set_num_threads(parts.scenario.federation.threads or os.cpu_count() or 1)
+    config = msg.content.config_records["config"]
     own = _own_model(parts, config)
     model = _loaded(parts, own, msg.content.array_records["arrays"])
-    names = uploaded_names(model, parts.scenario.model.batchnorm)
     split = _own_data(parts, context)
     data = LocalData(split, parts.device, parts.dtype)
     ctx = _defense_context(parts, context, cast(int, config["server-round"]), len(data), model)
-    ctx.model, ctx.spec, ctx.places = own[0], own[1], places_in(msg.content)
-    ctx.labels, ctx.bounds = split.labels, norm_bounds(defenses, ctx.plan)
-    probe = parts.local.probe(data, ctx)
+    ctx.model, ctx.spec, ctx.labels = own[0], own[1], split.labels
+    ctx.places, ctx.bounds = places_in(msg.content), norm_bounds(defenses, ctx.plan)
     _worker.idle = {own: model}  # who refuses it has not touched it: each looks at a copy
-    verdicts = _inspect(model, defenses, probe, ctx)
-    _refuse(verdicts, ctx, vault_root(context))
+    verdicts = _inspect(model, defenses, parts.local.probe(data, ctx), ctx)
+    _refuse(verdicts, ctx, vault)
     _worker.idle = {}
     before = _before(model, defenses)
-    for defense in defenses:
-        ctx.effect(defense).changed |= in_network(defense, parts.scenario.model.name, own[0])
-    trainee = _wrapped(model, defenses, ctx)
-    ctx.shared = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
-    with seeds.seeded_globals(ctx.secret("training")):  # nobody may know what dropout left on
-        pull = cast(float, config.get("proximal-mu", 0.0))
-        trained = parts.local.train(trainee, data, defenses, ctx, pull)
-    ctx.trainee = ctx.batch = None
-    upload = _upload(trainee, trained.upload, names)
-    verdicts |= _inspect_update(before, upload, data.batch(trained.indices), defenses, ctx)
+    pull = cast(float, config.get("proximal-mu", 0.0))
+    used, upload = _trained(parts, model, data, defenses, ctx, pull=pull)
+    verdicts |= _inspect_update(before, upload, data.batch(used), defenses, ctx)
     model.zero_grad()
     _worker.idle = {own: model}
-    _refuse(verdicts, ctx, vault_root(context))
+    _refuse(verdicts, ctx, vault)
     if parts.channel.masks:
         upload = {name: whole(tensor, ctx.places.get(name)) for name, tensor in upload.items()}
     if truth:
-        record = _record(parts, ctx, split, trained.indices, defenses)
+        record = _record(parts, ctx, split, used, defenses)
         kept = upload if parts.attack is not None and parts.channel.masks else record.upload
-        deposit(vault_root(context), dataclasses.replace(record, upload=kept, **_told(verdicts)))
+        deposit(vault, dataclasses.replace(record, upload=kept, **_told(verdicts)))
         remember(context, ctx.store)
-    content = RecordDict(
-        {
-            "arrays": ArrayRecord({name: _array(tensor) for name, tensor in upload.items()}),
-            "metrics": MetricRecord({"num-examples": _weight(defenses, ctx, len(trained.indices))}),
-        }
-    )
-    return Message(content, reply_to=msg)
+    arrays = ArrayRecord({name: _array(tensor) for name, tensor in upload.items()})
+    metrics = MetricRecord({"num-examples": _weight(defenses, ctx, len(used))})
+    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=msg)
+
+
+def _trained(
+    parts: Parts,
+    model: nn.Module,
+    data: LocalData,
+    defenses: tuple[Defense, ...],
+    ctx: ClientContext,
+    *,
+    pull: float,
+) -> tuple[Tensor, Tensors]:
+    """Train with the defenses; return which examples were used, and what would be uploaded."""
+    for defense in defenses:
+        there = in_network(defense, parts.scenario.model.name, ctx.model)
+        ctx.effect(defense).changed |= there
+    trainee = _wrapped(model, defenses, ctx)
+    ctx.shared = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+    with seeds.seeded_globals(ctx.secret("training")):  # nobody may know what dropout left on
+        trained = parts.local.train(trainee, data, defenses, ctx, pull)
+    ctx.trainee = ctx.batch = None
+    names = uploaded_names(model, parts.scenario.model.batchnorm)
+    return trained.indices, _upload(trainee, trained.upload, names)
 
 
 def _weight(defenses: tuple[Defense, ...], ctx: ClientContext, examples: int) -> int:

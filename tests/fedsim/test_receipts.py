@@ -275,6 +275,32 @@ def test_a_run_whose_defense_changed_nothing_fails_loudly(tmp_path: Path) -> Non
     assert "idle" in report["failed"]
 
 
+ACTING = [
+    "mixup", "instahide", "oasis", "label-smoothing", "gradient-mixing", "label-based",
+    "label-based(groups=2)", "giande", "giande(features='body.3')", "digestnn", "precode",
+    "precode(beta=0.0)", "cvb", "dropout", "spn", "fedkl", "pefl", "pefl(private=True)",
+    "lr-perturbation", "dp-sgd",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("defense", ACTING)
+def test_what_a_defense_does_before_the_gradient_is_seen(defense: str, tmp_path: Path) -> None:
+    changes = {
+        "defenses": defense,
+        "model.name": "convnet(width=8)",
+        "federation.clients": 2,
+        "federation.local": "fedsgd(batch_size=8)",
+    }
+    if defense == "lr-perturbation":
+        changes["federation.local"] = "fedavg(batch_size=200)"
+    if defense == "dropout":
+        changes["model.batchnorm"] = "private"
+    if "groups" in defense:
+        changes |= {"model.name": "convnet(width=8, norm='batch')", "model.batchnorm": "private"}
+    ran = federated(tmp_path, changes)
+    assert [record.receipts[0]["changed"] for record in ran.vault] == [True, True]
+
+
 @pytest.mark.parametrize("local", ["fedsgd(batch_size=4)", "fedavg(batch_size=32)"])
 def test_hooks_that_come_to_nothing_fail_the_run(local: str, tmp_path: Path) -> None:
     changes = {"attack": "none", "defenses": "pretending", "federation.local": local}
