@@ -356,7 +356,9 @@ clipped.</p>
 <p>What was run:</p><pre>{{ report.environment.command }}</pre>{% endif %}
 <p class="quiet">Seed {{ report.scenario.seed }}, engine {{ federation.engine or 'unknown' }}\
 {% if report.environment.device %}, device {{ report.environment.device }}{% endif %}\
-{% for name, version in versions.items() %}, {{ name }} {{ version }}{% endfor %}.</p>
+{% for name, version in versions.items() %}, {{ name }} {{ version }}{% endfor %}.\
+{% if report.defenses %} Noise and masks are each run's own; they repeat where both runs are \
+started with the same FEDSIM_SECRET_KEY.{% endif %}</p>
 <details><summary>The whole scenario</summary><pre>{{ scenario }}</pre></details>
 </section>
 </main>
