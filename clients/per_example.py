@@ -17,6 +17,9 @@ from fedsim.defense import Batch, Tensors
 
 # Numbers held at once: 256 MB in float32.
 AT_ONCE = 2**26
+#: What PyTorch says where it cannot follow a model through vmap and grad: branches by values,
+#: in-place writes, sizes that hang on values, NumPy, autograd functions without a rule.
+UNFOLLOWED = ("vmap", "functorch", "Batching rule", "(vjp, jvp, grad, etc)", "access data pointer")
 
 
 def per_example_gradients(
@@ -41,12 +44,16 @@ def per_example_gradients(
     for at in range(0, len(batch[1]), together):
         some = batch[0][at : at + together], batch[1][at : at + together]
         try:
-            yield _at_once(model, parameters, some)
-        except RuntimeError:
+            found = _at_once(model, parameters, some)
+        except RuntimeError as error:
             # The server chose this architecture, and it may do what vmap cannot follow.
+            if not any(words in str(error) for words in UNFOLLOWED):
+                raise
             each = [(some[0][i : i + 1], some[1][i : i + 1]) for i in range(len(some[1]))]
             for these in each if alone else [some]:
                 yield from _one_by_one(model, parameters, these, together)
+        else:
+            yield found
 
 
 def _examples_touch(model: nn.Module) -> bool:

@@ -7,7 +7,7 @@ Flower's FedProx as server strategy the proximal term of Li et al. 2020 is added
 
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -16,7 +16,13 @@ from torch.nn.functional import cross_entropy
 
 from fedsim.defense import Batch, ClientContext, Defense, Tensors, TrainingPlan
 from fedsim.local import Local, LocalData, Trained
-from fedsim.receipts import measured_batch, measured_hook, measured_update
+from fedsim.receipts import (
+    measured_batch,
+    measured_gradient,
+    measured_loss,
+    measured_sampler,
+    measured_update,
+)
 from fedsim.registry import register
 
 BatchSize = Annotated[int, Field(ge=1)]
@@ -165,9 +171,8 @@ def sampled(
     chosen = batches
     for defense in defenses:
         if type(defense).sampler is not Defense.sampler:
-            chosen = iter(
-                measured_hook(ctx.effect(defense), defense.sampler, chosen, examples, ctx)
-            )
+            effect = ctx.effect(defense)
+            chosen = measured_sampler(effect, defense.sampler, chosen, examples, ctx)
     return chosen
 
 
@@ -177,7 +182,7 @@ def step_gradient(
     """Return one step's gradient: batch, loss, gradient, each as the defenses have it."""
     for defense in defenses:
         batch = measured_batch(ctx.effect(defense), defense.transform_batch, batch, ctx)
-    gradient: Tensors | None = _first("gradients", model, batch, defenses, ctx)
+    gradient = own_gradient(model, batch, defenses, ctx)
     if gradient is None:
         gradient = batch_gradient(model, batch, defenses, ctx)
     ctx.trainee, ctx.batch = model, batch
@@ -187,18 +192,27 @@ def step_gradient(
     return gradient
 
 
-def _first(
-    hook: Literal["gradients", "loss"],
-    model: nn.Module,
-    batch: Batch,
-    defenses: Sequence[Defense],
-    ctx: ClientContext,
-) -> Any:
-    """Return what the first defense that has a way of its own makes of a batch, or None."""
+def own_gradient(
+    model: nn.Module, batch: Batch, defenses: Sequence[Defense], ctx: ClientContext
+) -> Tensors | None:
+    """Return the gradient of the first defense that makes it in a way of its own, or None."""
     for defense in defenses:
-        if getattr(type(defense), hook) is not getattr(Defense, hook):
-            own = getattr(defense, hook)
-            if (found := measured_hook(ctx.effect(defense), own, model, batch, ctx)) is not None:
+        if type(defense).gradients is not Defense.gradients:
+            effect = ctx.effect(defense)
+            found = measured_gradient(effect, defense.gradients, model, batch, ctx)
+            if found is not None:
+                return found
+    return None
+
+
+def own_loss(
+    model: nn.Module, batch: Batch, defenses: Sequence[Defense], ctx: ClientContext
+) -> Tensor | None:
+    """Return the loss of the first defense that has one of its own, or None."""
+    for defense in defenses:
+        if type(defense).loss is not Defense.loss:
+            found = measured_loss(ctx.effect(defense), defense.loss, model, batch, ctx)
+            if found is not None:
                 return found
     return None
 
@@ -207,7 +221,7 @@ def batch_gradient(
     model: nn.Module, batch: Batch, defenses: Sequence[Defense], ctx: ClientContext
 ) -> Tensors:
     """Return the gradient of the mean loss over one batch."""
-    loss = _first("loss", model, batch, defenses, ctx)
+    loss = own_loss(model, batch, defenses, ctx)
     if loss is None:
         loss = cross_entropy(model(batch[0]), batch[1])
     parameters = trainable(model)

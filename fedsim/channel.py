@@ -26,6 +26,9 @@ class Channel(ABC):
     #: say what the sum lost.
     masks: ClassVar[bool] = False
 
+    #: Whether values are rounded to a grid of the protocol's own, far coarser than their type's.
+    quantizes: ClassVar[bool] = False
+
     def check(self, clients: int, largest_weight: int) -> None:  # noqa: B027 - most carry any
         """Refuse what the protocol cannot carry (``ValueError``).
 

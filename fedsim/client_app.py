@@ -26,19 +26,28 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
-from torch import nn
+from torch import Tensor, nn
 
 from fedsim import seeds
 from fedsim.audit.vault import VaultRecord, deposit
 from fedsim.client_state import remember, remembered
 from fedsim.data import DataSpec, Split, load_dataset
-from fedsim.defense import REFUSED, Batch, ClientContext, Defense, Refusal, Tensors, Verdict
+from fedsim.defense import (
+    REFUSED,
+    Batch,
+    ClientContext,
+    Defense,
+    Refusal,
+    Tensors,
+    Verdict,
+    norm_bounds,
+)
 from fedsim.local import LocalData
 from fedsim.models import build_model, load_arrays, trained_tensors, uploaded_names
 from fedsim.parts import Parts
 from fedsim.placing import places_in, whole
 from fedsim.population import ADDRESS, node_of
-from fedsim.receipts import measured_hook
+from fedsim.receipts import in_network, measured_model
 from fedsim.scenario import Scenario
 
 Verdicts = dict[str, Verdict]  # by how a refusal begins
@@ -73,7 +82,7 @@ def logical_client(msg: Message, context: Context, call_next: ClientAppCallable)
     scenario = _parts(own).scenario
     secret = seeds.secret_generator(
         scenario.seed, "client", client, msg.metadata.group_id, msg.metadata.message_type,
-        entropy=entropy,
+        run_id=context.run_id, entropy=entropy,
     )  # fmt: skip
     with seeds.seeded_globals(secret):  # SecAgg+ rounds with numpy's global stream
         try:
@@ -164,48 +173,60 @@ _worker = _Worker()
 def _respond(
     msg: Message, context: Context, defenses: tuple[Defense, ...], *, truth: bool
 ) -> Message:
-    parts = _parts(context)
-    config = msg.content.config_records["config"]
+    """Look at the model, train it, look at what came of it, and upload; or refuse (``Refusal``)."""
+    parts, vault = _parts(context), vault_root(context)
     torch.set_num_threads(parts.scenario.federation.threads or os.cpu_count() or 1)
+    config = msg.content.config_records["config"]
     own = _own_model(parts, config)
     model = _loaded(parts, own, msg.content.array_records["arrays"])
-    names = uploaded_names(model, parts.scenario.model.batchnorm)
     split = _own_data(parts, context)
     data = LocalData(split, parts.device, parts.dtype)
     ctx = _defense_context(parts, context, cast(int, config["server-round"]), len(data), model)
-    ctx.model, ctx.spec, ctx.places = own[0], own[1], places_in(msg.content)
-    ctx.labels = split.labels
-    probe = parts.local.probe(data, ctx)
+    ctx.model, ctx.spec, ctx.labels = own[0], own[1], split.labels
+    ctx.places, ctx.bounds = places_in(msg.content), norm_bounds(defenses, ctx.plan)
     _worker.idle = {own: model}  # who refuses it has not touched it: each looks at a copy
-    verdicts = _inspect(model, defenses, probe, ctx)
-    _refuse(verdicts, ctx, vault_root(context))
+    verdicts = _inspect(model, defenses, parts.local.probe(data, ctx), ctx)
+    _refuse(verdicts, ctx, vault)
     _worker.idle = {}
     before = _before(model, defenses)
-    trainee = _wrapped(model, defenses, ctx)
-    ctx.shared = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
-    with seeds.seeded_globals(ctx.secret("training")):  # nobody may know what dropout left on
-        pull = cast(float, config.get("proximal-mu", 0.0))
-        trained = parts.local.train(trainee, data, defenses, ctx, pull)
-    ctx.trainee = ctx.batch = None
-    upload = _upload(trainee, trained.upload, names)
-    verdicts |= _inspect_update(before, upload, data.batch(trained.indices), defenses, ctx)
+    pull = cast(float, config.get("proximal-mu", 0.0))
+    used, upload = _trained(parts, model, data, defenses, ctx, pull=pull)
+    verdicts |= _inspect_update(before, upload, data.batch(used), defenses, ctx)
     model.zero_grad()
     _worker.idle = {own: model}
-    _refuse(verdicts, ctx, vault_root(context))
+    _refuse(verdicts, ctx, vault)
     if parts.channel.masks:
         upload = {name: whole(tensor, ctx.places.get(name)) for name, tensor in upload.items()}
     if truth:
-        record = _record(parts, ctx, split, trained.indices, defenses)
+        record = _record(parts, ctx, split, used, defenses)
         kept = upload if parts.attack is not None and parts.channel.masks else record.upload
-        deposit(vault_root(context), dataclasses.replace(record, upload=kept, **_told(verdicts)))
+        deposit(vault, dataclasses.replace(record, upload=kept, **_told(verdicts)))
         remember(context, ctx.store)
-    content = RecordDict(
-        {
-            "arrays": ArrayRecord({name: _array(tensor) for name, tensor in upload.items()}),
-            "metrics": MetricRecord({"num-examples": _weight(defenses, ctx, len(trained.indices))}),
-        }
-    )
-    return Message(content, reply_to=msg)
+    arrays = ArrayRecord({name: _array(tensor) for name, tensor in upload.items()})
+    metrics = MetricRecord({"num-examples": _weight(defenses, ctx, len(used))})
+    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=msg)
+
+
+def _trained(
+    parts: Parts,
+    model: nn.Module,
+    data: LocalData,
+    defenses: tuple[Defense, ...],
+    ctx: ClientContext,
+    *,
+    pull: float,
+) -> tuple[Tensor, Tensors]:
+    """Train with the defenses; return which examples were used, and what would be uploaded."""
+    for defense in defenses:
+        there = in_network(defense, parts.scenario.model.name, ctx.model)
+        ctx.effect(defense).changed |= there
+    trainee = _wrapped(model, defenses, ctx)
+    ctx.shared = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+    with seeds.seeded_globals(ctx.secret("training")):  # nobody may know what dropout left on
+        trained = parts.local.train(trainee, data, defenses, ctx, pull)
+    ctx.trainee = ctx.batch = None
+    names = uploaded_names(model, parts.scenario.model.batchnorm)
+    return trained.indices, _upload(trainee, trained.upload, names)
 
 
 def _weight(defenses: tuple[Defense, ...], ctx: ClientContext, examples: int) -> int:
@@ -298,7 +319,7 @@ def _wrapped(model: nn.Module, defenses: tuple[Defense, ...], ctx: ClientContext
     if wrapping:
         model = copy.deepcopy(model)
     for defense in wrapping:
-        model = measured_hook(ctx.effect(defense), defense.wrap_model, model, ctx)
+        model = measured_model(ctx.effect(defense), defense.wrap_model, model, ctx)
     return model
 
 
@@ -320,14 +341,17 @@ def _defense_context(
     rounds = store.get(ANSWERED, torch.zeros(0, dtype=torch.int64))
     again = int((rounds == server_round).sum())
     store[ANSWERED] = torch.cat([rounds, torch.tensor([server_round])])
+
+    def secret(*names: object) -> torch.Generator:
+        own = "client", client, server_round, again, *names
+        return seeds.secret_generator(seed, *own, run_id=context.run_id, entropy=entropy)
+
     return ClientContext(
         client=client,
         round=server_round,
         plan=dataclasses.replace(plan, tensors=trained_tensors(model)),
         public=lambda *names: seeds.generator(seed, "client", client, *names),
-        secret=lambda *names: seeds.secret_generator(
-            seed, "client", client, server_round, again, *names, entropy=entropy
-        ),
+        secret=secret,
         store=store,
         run_id=context.run_id,
     )

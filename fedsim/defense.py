@@ -128,6 +128,9 @@ class ClientContext:
         Shape, classes, mean and standard deviation of the data, as the server told them.
     labels : Tensor or None
         ``[N]`` int64, of all of the client's own examples, for samplers that choose by class.
+    bounds : dict of str to dict of str to float or None
+        By defense, what the L2 norm of what enters ``transform_gradient`` and ``transform_update``
+        cannot exceed.
     places : dict of str to tuple of int
         Which arrays it was told to place in a larger one, and where (:mod:`fedsim.placing`).
     shared : frozenset of str or None
@@ -151,6 +154,7 @@ class ClientContext:
     run_id: int = 0
     spec: DataSpec | None = None
     labels: Tensor | None = None
+    bounds: dict[str, dict[Place, float | None]] = field(default_factory=dict)
     places: dict[str, tuple[int, int]] = field(default_factory=dict)
     shared: frozenset[str] | None = None
     trainee: nn.Module | None = None
@@ -227,6 +231,11 @@ class Defense:
     of_sums: ClassVar[bool] = False
     #: Its place in a chain.
     rank: ClassVar[Rank] = Rank.CHECK
+
+    @property
+    def in_each_sum(self) -> int:
+        """How many of the federation's own clients a sum must hold for the guarantee to be true."""
+        return 0
 
     @property
     def refuses_on_examples(self) -> bool:
@@ -374,12 +383,26 @@ def guarantees(
 
     ``sums`` says whether the channel lets the server read nothing but sums over clients.  There is
     none where a client refuses rounds for what its examples are: that answer is in no ledger.
+    """
+    if any(defense.refuses_on_examples for defense in defenses):
+        return {}
+    entering = norm_bounds(defenses, plan)
+    found = {d.name: d.privacy(plan, entering[d.name]) for d in defenses if sums or not d.of_sums}
+    return {
+        name: privacy
+        for name, privacy in found.items()
+        if privacy is not None and not (privacy.unit == "example" and _mixes(defenses, name))
+    }
+
+
+def norm_bounds(
+    defenses: Sequence[Defense], plan: TrainingPlan
+) -> dict[str, dict[Place, float | None]]:
+    """Return what the L2 norm of what enters each defense's hooks cannot exceed; None is no bound.
 
     A norm bound (clipping) holds until a later defense voids it.  FedSGD uploads the gradient it
     trains on, so that the bound goes on from one hook to the other; FedAvg's update is many steps.
     """
-    if any(defense.refuses_on_examples for defense in defenses):
-        return {}
     entering: dict[str, dict[Place, float | None]] = {d.name: {} for d in defenses}
     bound: float | None = None
     places: tuple[Place, ...] = ("gradient", "update")
@@ -389,12 +412,7 @@ def guarantees(
         for defense in defenses:
             entering[defense.name][place] = bound
             bound = defense.norm_bound(place, bound)
-    found = {d.name: d.privacy(plan, entering[d.name]) for d in defenses if sums or not d.of_sums}
-    return {
-        name: privacy
-        for name, privacy in found.items()
-        if privacy is not None and not (privacy.unit == "example" and _mixes(defenses, name))
-    }
+    return entering
 
 
 def _mixes(defenses: Sequence[Defense], name: str) -> bool:

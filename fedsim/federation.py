@@ -310,6 +310,9 @@ class Refereed(Wrapper):
                 self.ledger.fail(client_of(reply.metadata.src_node_id), reason)
             else:
                 whole.append(reply)
+                if "senders" in reply.content:
+                    together = reply.content.config_records["senders"]["clients"]
+                    self.ledger.summed[server_round] = cast(list[int], together)
         arrays, metrics = None, None
         if whole:
             try:

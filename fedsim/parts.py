@@ -210,13 +210,13 @@ def _spec(expression: str) -> DataSpec:
     return load_dataset(expression).spec
 
 
-def server_context(parts: Parts) -> ServerContext:
-    """Return what the server's part of the defenses may know."""
+def server_context(parts: Parts, run_id: int = 0) -> ServerContext:
+    """Return what the server's part of the defenses may know; 0 is of no run, for checks."""
     federation, seed = parts.scenario.federation, parts.scenario.seed
     return ServerContext(
         cohort=int(federation.clients * federation.fraction),
         rounds=federation.rounds,
-        secret=lambda *names: seeds.secret_generator(seed, "server", *names),
+        secret=lambda *names: seeds.secret_generator(seed, "server", *names, run_id=run_id),
     )
 
 

@@ -45,6 +45,9 @@ class Ledger:
     rounds_aggregated: int = 0
 
     asked: dict[int, list[int]] = field(default_factory=dict)  # by round: who was sent something
+    summed: dict[int, list[int]] = field(
+        default_factory=dict
+    )  # by round: who is in what was summed
 
     def only_refusals(self) -> bool:
         """Say whether clients refused, and nothing else went wrong with any of them."""

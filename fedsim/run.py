@@ -25,7 +25,7 @@ from fedsim import registry, report
 from fedsim.adversary import build_knowledge, reconstruct
 from fedsim.attack import Active, Manipulation
 from fedsim.data import DataSpec, Split, split_test
-from fedsim.defense import Defense, Privacy, ServerContext, guarantees
+from fedsim.defense import Defense, Privacy, Rank, ServerContext, guarantees
 from fedsim.errors import RunFailed
 from fedsim.federation import Applied, Refereed, build_strategy
 from fedsim.interception import Interception
@@ -69,9 +69,29 @@ def federate(parts: Parts, grid: Grid, context: Context, folder: RunFolder) -> b
     secure aggregation halted, in every round.
     """
     scenario = parts.scenario
-    acting = server_context(parts)
+    acting = server_context(parts, context.run_id)
     role, receipts, knowledge = _server(parts, folder, acting)
     history = History(parts, Ledger(), receipts, knowledge, acting.figures)
+
+    accuracy = _federated(role, grid, context, history, folder)
+    honest = accuracy.pop("last_honest")
+    if isinstance(parts.attack, Manipulation):
+        history.manipulation = _manipulation(parts, role, honest)
+    history.seconds = time.perf_counter() - history.started
+    if scenario.audit.baseline:
+        accuracy["baseline_after"] = _baseline(parts, grid, folder)
+    folder.write("federation.json", history.facts(accuracy))
+    folder.event("federated", rounds=len(history.ledger.round_seconds))
+    if refused := _only_refused(parts, history.ledger, folder):
+        folder.event("refused", rounds=len(history.ledger.round_seconds))
+    return not refused
+
+
+def _federated(
+    role: Strategy, grid: Grid, context: Context, history: "History", folder: RunFolder
+) -> dict[str, float | None]:
+    """Run the federation's rounds behind its channel; return the accuracies of :func:`_train`."""
+    parts = history.parts
 
     def on_round(server_round: int, seconds: float) -> None:
         folder.event("round", round=server_round, seconds=seconds)
@@ -84,28 +104,9 @@ def federate(parts: Parts, grid: Grid, context: Context, folder: RunFolder) -> b
         population.clients += parts.sybils
         if isinstance(parts.attack, Interception):
             population.tap = cast(Tap, role)
-        behind = parts.channel.grid(population, context, scenario.federation.timeout)
-        accuracy = _train(
-            parts,
-            role,
-            population,
-            behind,
-            on_round,
-            called="federation",
-            expression=parts.architecture,
-            into=folder.path,
-        )
-    honest = accuracy.pop("last_honest")
-    if isinstance(parts.attack, Manipulation):
-        history.manipulation = _manipulation(parts, role, honest)
-    history.seconds = time.perf_counter() - history.started
-    if scenario.audit.baseline:
-        accuracy["baseline_after"] = _baseline(parts, grid, folder)
-    folder.write("federation.json", history.facts(accuracy))
-    folder.event("federated", rounds=len(history.ledger.round_seconds))
-    if refused := _only_refused(parts, history.ledger, folder):
-        folder.event("refused", rounds=len(history.ledger.round_seconds))
-    return not refused
+        behind = parts.channel.grid(population, context, parts.scenario.federation.timeout)
+        watch = Watch(parts, parts.architecture, folder.path)
+        return _train(role, population, behind, on_round, watch, called="federation")
 
 
 @contextmanager
@@ -166,22 +167,45 @@ def _population(parts: Parts, grid: Grid, ledger: Ledger, folder: RunFolder) -> 
     return Population(grid, federation.clients, ledger, federation.timeout, folder.path)
 
 
+@dataclass
+class Watch:
+    """Measures a model on the hold-out before, between and after rounds, and saves the last.
+
+    ``expression`` is the model that is trained, ``into`` a folder for what came of it;
+    ``measured`` its accuracy by round, 0 before any.
+    """
+
+    parts: Parts
+    expression: str
+    into: Path | None = None
+    measured: dict[int, float | None] = field(default_factory=dict)
+
+    @cached_property
+    def _holdout(self) -> Split:
+        return split_test(self.parts.dataset.test, self.parts.scenario.seed)[1]
+
+    def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """Look at what a round made; Flower's ``evaluate_fn``."""
+        rounds = self.parts.scenario.federation.rounds
+        if server_round in (0, rounds - 1, rounds):
+            found = accuracy(self.parts, arrays, self._holdout, self.expression)
+            self.measured[server_round] = found
+        if server_round == rounds and self.into:
+            save_weights(self.into, {name: array.numpy() for name, array in arrays.items()})
+        return None
+
+
 def _train(
-    parts: Parts,
     role: Strategy,
     population: Population,
     grid: Grid,
     on_round: Callable[[int, float], None],
+    watch: Watch,
     *,
     called: str,
-    expression: str,
-    into: Path | None = None,
 ) -> dict[str, float | None]:
-    """Run the rounds; return accuracy on the hold-out before and after.
-
-    ``expression`` is the model that is trained, ``into`` a folder for what came of it.
-    """
-    scenario = parts.scenario
+    """Run the rounds; return accuracy on the hold-out before and after."""
+    parts, scenario = watch.parts, watch.parts.scenario
     rounds = scenario.federation.rounds
     progress = Progress(called, "rounds")
 
@@ -197,34 +221,20 @@ def _train(
         batchnorm=scenario.model.batchnorm,
         on_round=after_round,
     )
-    holdout = split_test(parts.dataset.test, scenario.seed)[1]
-    measured: dict[int, float | None] = {}
-
-    def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-        if server_round in (0, rounds - 1, rounds):
-            measured[server_round] = accuracy(parts, arrays, holdout, expression)
-        if server_round == rounds and into:
-            save_weights(into, {name: array.numpy() for name, array in arrays.items()})
-        return None
-
     refereed.start(
         grid=grid,
-        initial_arrays=ArrayRecord(travelling(parts.model(expression))),
+        initial_arrays=ArrayRecord(travelling(parts.model(watch.expression))),
         num_rounds=rounds,
         timeout=scenario.federation.timeout,
-        train_config=ConfigRecord({"model": expression, **_told(parts.spec)}),
-        evaluate_fn=evaluate,
+        train_config=ConfigRecord({"model": watch.expression, **_told(parts.spec)}),
+        evaluate_fn=watch,
     )
     population.ledger.rounds_aggregated = refereed.rounds_aggregated
     if not refereed.rounds_aggregated and not population.ledger.only_refusals():
         reasons = sorted({str(f["reason"]) for f in population.ledger.failures})
         raise RunFailed(f"no round had a usable reply: {'; '.join(reasons) or 'no reply at all'}")
-    return {
-        "before": measured.get(0),
-        "last_honest": measured.get(rounds - 1),
-        "after": measured.get(rounds),
-        "baseline_after": None,
-    }
+    named = {"before": 0, "last_honest": rounds - 1, "after": rounds}
+    return {**{n: watch.measured.get(at) for n, at in named.items()}, "baseline_after": None}
 
 
 def _told(spec: DataSpec) -> dict[str, Any]:
@@ -240,16 +250,8 @@ def _baseline(parts: Parts, grid: Grid, folder: RunFolder) -> float | None:
     honest = Applied(inner, lr, message_type="train.baseline")
     folder.event("baseline")
     with closing(_population(parts, grid, Ledger(), folder)) as population:
-        plain = parts.scenario.model.name
-        measured = _train(
-            parts,
-            honest,
-            population,
-            population,
-            lambda *_: None,
-            called="baseline",
-            expression=plain,
-        )
+        watch = Watch(parts, parts.scenario.model.name)
+        measured = _train(honest, population, population, lambda *_: None, watch, called="baseline")
     return measured["after"]
 
 
@@ -307,10 +309,34 @@ class History:
                 if name not in least or found.epsilon > least[name].epsilon:
                     least[name] = found
         told = [{"name": name, **dataclasses.asdict(found)} for name, found in least.items()]
-        if self.parts.scenario.audit.baseline:
-            for one in told:
+        at_server = {d.name for d in self.parts.defenses if d.rank is Rank.SERVER}
+        for one in told:
+            if self._counts_differ and one["unit"] == "client" and one["name"] not in at_server:
+                one["mechanism"] += "; the number of examples is sent beside it, not covered"
+            if self.parts.scenario.audit.baseline:
                 one["mechanism"] += "; what clients sent for the baseline is not covered"
         return [one if isfinite(one["epsilon"]) else {**one, "epsilon": None} for one in told]
+
+    @property
+    def _counts_differ(self) -> bool:
+        """Say whether a client's count of examples tells of its data.
+
+        A full batch's does not, nor the sum of all counts.
+        """
+        plans = [self.parts.plan(len(own)) for own in self.parts.partitions]
+        full = all(p.kind == "gradient" and p.batch_size <= p.examples for p in plans)
+        return not full and not self.parts.channel.aggregates
+
+    def _withheld(self, name: str) -> str:
+        """Say in which round a sum held less of the noise than a defense's promise counts on."""
+        needed = next(d.in_each_sum for d in self.parts.defenses if d.name == name)
+        clients = self.parts.scenario.federation.clients
+        for server_round, together in self.ledger.summed.items():
+            own = sum(client < clients for client in together)
+            if own < needed:
+                told = f"the sum of round {server_round} held the noise of {own}"
+                return f"{told} of the {needed} clients that it counts on"
+        return ""
 
     def facts(self, accuracy: dict[str, float | None] | None = None) -> dict[str, Any]:
         """Return what is known so far."""
@@ -337,7 +363,7 @@ class History:
                 }
                 for d in self.parts.defenses
             ],
-            "privacy": self.privacy,
+            "privacy": [{**one, "withheld": self._withheld(one["name"])} for one in self.privacy],
             "server": self.server,
             "refusals": ledger.refusals(federation.clients),
             "manipulation": self.manipulation,

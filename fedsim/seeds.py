@@ -5,10 +5,11 @@ initial model, the attack's own start).  *Secret*: noise and masks of the defens
 either is a generator of its own, derived by hashing the names of what it is for, so that no order
 of calls, no engine and no number of workers changes it.
 
-The secret stream is keyed by 32 bytes that live outside the scenario: ``FEDSIM_SECRET_KEY`` (hex)
-or ``$FEDSIM_HOME/secret.key``, made on first use.  A run repeats on the machine that holds the
-key; whoever knows every public seed can still not subtract the noise.  A SuperNode of a deployed
-cluster sets ``secret='entropy'`` in its node config and draws from the operating system instead.
+The secret stream is keyed by 32 bytes that live outside the scenario: ``$FEDSIM_HOME/secret.key``,
+made on first use, and the run's id, so that no two runs share noise that a server could subtract.
+Whoever knows every public seed can still not subtract it.  A run that is to repeat, noise and all,
+names the key itself: under one ``FEDSIM_SECRET_KEY`` (hex) all runs draw alike.  A SuperNode of a
+deployed cluster sets ``secret='entropy'`` in its node config and draws from the operating system.
 """
 
 import hashlib
@@ -63,20 +64,28 @@ def secret_key() -> bytes:
     return path.read_bytes()
 
 
-def secret_generator(seed: int, *names: object, entropy: bool = False) -> torch.Generator:
-    """Return a CPU generator of the secret stream; ``entropy`` ignores the seed.
+def secret_generator(
+    seed: int, *names: object, run_id: int = 0, entropy: bool = False
+) -> torch.Generator:
+    """Return a CPU generator of the secret stream, of one run's; ``entropy`` ignores the seed.
 
     Its whole state is secret.  It is torch's Mersenne Twister: nobody can guess it, and it is still
     no cipher: whoever read enough of its raw numbers could go on with them.
     """
     if entropy:
         return _generator_of(secrets.token_bytes(4 * _WORDS))
-    return _generator_of(hashlib.shake_256(secret_bytes(seed, *names)).digest(4 * _WORDS))
+    return _generator_of(
+        hashlib.shake_256(secret_bytes(seed, *names, run_id=run_id)).digest(4 * _WORDS)
+    )
 
 
-def secret_bytes(seed: int, *names: object) -> bytes:
-    """Return 32 bytes for one named use of the secret stream: a key, say."""
-    text = "/".join([str(seed), *map(str, names)])
+def secret_bytes(seed: int, *names: object, run_id: int = 0) -> bytes:
+    """Return 32 bytes for one named use of the secret stream: a key, say.
+
+    ``run_id`` counts unless ``FEDSIM_SECRET_KEY`` asks for a run that repeats; 0 is of no run.
+    """
+    own = 0 if os.environ.get("FEDSIM_SECRET_KEY") else run_id
+    text = "/".join([str(seed), *([f"run {own}"] if own else []), *map(str, names)])
     return hmac.new(secret_key(), text.encode(), hashlib.sha256).digest()
 
 

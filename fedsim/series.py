@@ -35,8 +35,8 @@ def run_series(
     """Run every scenario of a folder, in the order of their names; return the table, Markdown.
 
     It is written beside the last run folder, and so is a page with it and a figure of accuracy
-    against leak rate.  A scenario that fails does not stop the
-    others.  ``attack.NAME`` overrides pass by scenarios whose attack has no such argument.
+    against leak rate.  A scenario that fails does not stop the others.  ``attack.NAME`` overrides
+    pass by scenarios whose attack has no such argument.
 
     Raises
     ------
@@ -46,16 +46,12 @@ def run_series(
     RunFailed
         After everything ran, if one of them failed.
     """
-    files = sorted(folder.glob("*.toml"))
-    if not files:
-        raise ScenarioError("file", str(folder), "holds no scenario (*.toml)")
-    given = {file: _fitting(file, overrides) for file in files}
-    _check(given, overrides)
+    given = _given(folder, overrides)
     rows: list[tuple[str, list[str]]] = []
     points: dict[str, Point] = {}
     failed: list[str] = []
     for place, (file, own) in enumerate(given.items(), start=1):
-        print(f"[{place}/{len(files)}] {file}", flush=True)
+        print(f"[{place}/{len(given)}] {file}", flush=True)
         try:
             page = run_one(file, own)
         except (ScenarioError, RunFailed, NotGranted) as error:
@@ -73,6 +69,16 @@ def run_series(
     if failed:
         raise RunFailed(f"{', '.join(failed)} failed; the others:\n{told}")
     return told
+
+
+def _given(folder: Path, overrides: list[str]) -> dict[Path, list[str]]:
+    """Return the scenarios of a folder with the overrides that concern each, all checked."""
+    files = sorted(folder.glob("*.toml"))
+    if not files:
+        raise ScenarioError("file", str(folder), "holds no scenario (*.toml)")
+    given = {file: _fitting(file, overrides) for file in files}
+    _check(given, overrides)
+    return given
 
 
 def _fitting(file: Path, overrides: list[str]) -> list[str]:

@@ -37,16 +37,22 @@ def defense_parts(
             parameters=dict(found[0].get("parameters") or {}) if found else {},
             receipts=_sum_up(found) if found else None,
             epsilon=_epsilon(promises[name]) if name in promises else None,
-            # Without a guarantee a ledger's sum would be a figure about nothing.
-            spent=_spent(ledgers.get(name, {}), promises[name]) if name in promises else [],
+            spent=_spent(ledgers.get(name, {}), promises.get(name)),
             server=acts.get(name),
         )
         for name, found in receipts.items()
     ]
 
 
-def _spent(ledgers: Mapping[int, tuple[int, Releases]], promise: Mapping[str, Any]) -> list[Spent]:
-    """Return what each client's ledger comes to, those who spent most first."""
+def _spent(
+    ledgers: Mapping[int, tuple[int, Releases]], promise: Mapping[str, Any] | None
+) -> list[Spent]:
+    """Return what each client's ledger comes to, those who spent most first.
+
+    Nothing without a promise that held: a ledger's sum would be a figure about nothing.
+    """
+    if promise is None or promise.get("withheld"):
+        return []
     spent = [
         Spent(
             client=client,
@@ -85,11 +91,12 @@ def _mean(receipts: Sequence[Mapping[str, Any]], key: str) -> float | None:
 
 def _epsilon(promise: Mapping[str, Any]) -> Epsilon:
     return Epsilon(
-        epsilon=finite_or_none(promise.get("epsilon")),
+        epsilon=None if promise.get("withheld") else finite_or_none(promise.get("epsilon")),
         delta=finite_or_none(promise.get("delta")),
         unit=promise.get("unit") or "",
         relation=promise.get("relation") or "",
         mechanism=promise.get("mechanism") or "",
+        withheld=promise.get("withheld") or "",
     )
 
 

@@ -213,13 +213,18 @@ class DefenseReceipts(_Part):
 
 
 class Epsilon(_Part):
-    """A formal guarantee: ``epsilon`` is null where the mechanism gives none."""
+    """A formal guarantee: ``epsilon`` is null where the mechanism gives none.
+
+    ``withheld`` says what happened in the run that the promise did not count on: there is no
+    epsilon then.
+    """
 
     epsilon: FiniteFloat | None = None
     delta: FiniteFloat | None = None
     unit: str = ""
     relation: str = ""
     mechanism: str = ""
+    withheld: str = ""
 
 
 class Spent(_Part):

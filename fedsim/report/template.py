@@ -267,7 +267,8 @@ attack made. Of three, the one that leaks most by this run's criterion stands fo
 {% else %}<td colspan="4" class="no">no receipt</td>{% endif %}
 <td>{% if defense.epsilon %}{% if defense.epsilon.epsilon is not none %}\
 ε = {{ defense.epsilon.epsilon | figure }}{% if defense.epsilon.delta is not none %} at \
-δ = {{ defense.epsilon.delta | figure }}{% endif %}{% else %}no finite ε{% endif %}\
+δ = {{ defense.epsilon.delta | figure }}{% endif %}{% elif defense.epsilon.withheld %}ε withheld: \
+{{ defense.epsilon.withheld }}{% else %}no finite ε{% endif %}\
 <br><span class="quiet">{{ [defense.epsilon.unit, defense.epsilon.relation, \
 defense.epsilon.mechanism] | select | join(', ') }}</span>\
 {% if defense.spent %}<br>spent: ε = {{ defense.spent[0].epsilon | figure }} at most{% endif %}\
@@ -355,7 +356,9 @@ clipped.</p>
 <p>What was run:</p><pre>{{ report.environment.command }}</pre>{% endif %}
 <p class="quiet">Seed {{ report.scenario.seed }}, engine {{ federation.engine or 'unknown' }}\
 {% if report.environment.device %}, device {{ report.environment.device }}{% endif %}\
-{% for name, version in versions.items() %}, {{ name }} {{ version }}{% endfor %}.</p>
+{% for name, version in versions.items() %}, {{ name }} {{ version }}{% endfor %}.\
+{% if report.defenses %} Noise and masks are each run's own; they repeat where both runs are \
+started with the same FEDSIM_SECRET_KEY.{% endif %}</p>
 <details><summary>The whole scenario</summary><pre>{{ scenario }}</pre></details>
 </section>
 </main>

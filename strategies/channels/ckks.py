@@ -12,13 +12,19 @@ ciphertexts, and asks one of the clients to decrypt the sum::
 ``$FEDSIM_HOME/keys``): the first client of a run makes it, attack code is walled off from it, and
 it goes when the run ends.  The server is told the parameters and holds no key, public or secret.
 
-**What it promises**: a server that keeps to the protocol learns the sum, and who is in it.  CKKS is
-approximate: values are rounded to ``2^-scale_bits`` and noise of about 1e-8 is added, nothing is
-clipped.  **What it does not**: whoever holds the key reads every upload, so that one client that
-talks to the server ends it; a server that breaks the protocol hands a single ciphertext to the one
-who decrypts, which cannot tell (ciphertexts add up to anything).  Everything that reads sums
-(imprints, traps) reads this one.  Noise of encryption comes from the operating system: two runs
-differ in the last bits of single precision.
+**What it promises**: a server that keeps to the protocol and calculates no further learns the sum,
+and who is in it.  CKKS is approximate: values are rounded to ``2^-scale_bits`` and noise of about
+1e-8 is added, nothing is clipped.
+
+**What it does not**: the decrypted sum that the server gets back holds the noise of encryption.
+Beside the ciphertext that it is of, that gives linear equations for the secret key: CKKS is IND-CPA
+secure, not IND-CPA-D (Li and Micciancio, EUROCRYPT 2021), and a server that only watches may solve
+for the key, which all rounds share.  The remedy, a decryption that drowns this noise in more of it
+(Li, Micciancio, Schultz and Sorrell, CRYPTO 2022), wants a larger scale, and is not here.  Whoever
+holds the key reads every upload, so that one client that talks to the server ends it; a server that
+breaks the protocol hands a single ciphertext to the one who decrypts, which cannot tell, for
+ciphertexts add up to anything.  Everything that reads sums (imprints, traps) reads this one.  Noise
+of encryption comes from the operating system: two runs differ in the last bits of single precision.
 
 The default parameters are those for a few multiplications, as usually quoted; sums need none, and
 ``coeff_modulus=[60, 60]`` is as exact at 40 % of the size.

@@ -170,22 +170,28 @@ def _kind(context: Context) -> str:
 
 
 def _public_key(asked: ConfigRecord, memory: ConfigRecord, context: Context) -> RecordDict:
-    """Return this round's public key; the private one is new in a round, and remembered."""
+    """Return this round's public key; the private one is new in a round, and remembered.
+
+    It is named by the client's own count of keys too: a server that goes back to a round gets no
+    second message under the first one's key.
+    """
     server_round = cast(int, asked["round"])
     if memory.get("round") != server_round:
-        memory = ConfigRecord({"round": server_round, "key": _private_key(context, server_round)})
+        made = cast(int, memory.get("made", 0)) + 1
+        new = _private_key(context, server_round, made)
+        memory = ConfigRecord({"round": server_round, "made": made, "key": new})
         context.state[RECORD] = memory
     private = X25519PrivateKey.from_private_bytes(cast(bytes, memory["key"]))
     return RecordDict({RECORD: ConfigRecord({"key": private.public_key().public_bytes_raw()})})
 
 
-def _private_key(context: Context, server_round: int) -> bytes:
+def _private_key(context: Context, server_round: int, made: int) -> bytes:
     """Return a new private key: the operating system's, or the secret stream's, which repeats."""
     if context.node_config.get("secret") == "entropy":
         return secrets.token_bytes(32)
-    return seeds.secret_bytes(
-        cast(int, context.run_config["seed"]), "fragmented", context.node_id, server_round
-    )
+    names = "fragmented", context.node_id, server_round, made
+    seed = cast(int, context.run_config["seed"])
+    return seeds.secret_bytes(seed, *names, run_id=context.run_id)
 
 
 @dataclass(frozen=True)

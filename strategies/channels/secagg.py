@@ -115,6 +115,7 @@ class SecAgg(Channel):
         return shares, max(round(self.threshold * shares), 2)
 
     masks = True
+    quantizes = True
 
     def check(self, clients: int, largest_weight: int) -> None:
         """Refuse what the protocol cannot hide, weigh or sum without wrapping around."""

@@ -12,6 +12,7 @@ integers at once.  For cohorts of that size this channel shows what the server w
 """
 
 import time
+from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -82,13 +83,13 @@ class SummingGrid(GridWrapper):
         """Start a round; return what clients are sent."""
         return messages
 
+    @abstractmethod
     def take(self, reply: Message, asked: Message) -> str | None:
         """Take one upload in, or say why it is left out."""
-        raise NotImplementedError
 
+    @abstractmethod
     def release(self, asked: list[Message]) -> list[Message]:
         """Return what the server gets when the round is over."""
-        raise NotImplementedError
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -1,6 +1,8 @@
 """Distributed noise: the size of a share, and an epsilon that is the sum's."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -8,13 +10,27 @@ import torch
 from clients.defenses.formal.distributed_dp import DistributedDP
 from clients.defenses.formal.gaussian import epsilon_of
 from clients.defenses.perturbation.clip import global_norm
-from fedsim.defense import TrainingPlan, guarantees
+from fedsim.audit.receipts import defense_parts
+from fedsim.audit.schema import DefensePart
+from fedsim.defense import ClientContext, Defense, Refusal, Tensors, TrainingPlan, guarantees
 from fedsim.errors import ScenarioError
 from fedsim.parts import Parts, check
 from tests.clients.one_update import context
-from tests.fedsim.small import federated, scenario
+from tests.fedsim.small import federated, plug_in, scenario
 
 SIZE = 100_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaving(Defense):
+    """The first client sends nothing."""
+
+    changes_upload: ClassVar[bool] = False
+
+    def transform_update(self, update: Tensors, ctx: ClientContext) -> Tensors:
+        if ctx.client == 0:
+            raise Refusal("it leaves")
+        return update
 
 
 def sent(defense: DistributedDP, update: torch.Tensor, **where: int) -> torch.Tensor:
@@ -62,6 +78,64 @@ def test_a_run_tells_epsilon_behind_a_channel_that_sums(
 ) -> None:
     changes = {"defenses": "distributed-dp(cohort=4)", "channel": channel}
     assert len(federated(tmp_path, changes).federation["privacy"]) == told
+
+
+def told_of(folder: Path, changes: dict[str, Any]) -> DefensePart:
+    ran = federated(folder, {"channel": "trusted-sum", **changes})
+    assert len(ran.federation["privacy"]) == 1
+    return defense_parts(list(ran.vault), ran.federation)[-1]
+
+
+def test_a_sum_of_fewer_clients_than_counted_on_withholds_epsilon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promised = {"defenses": "distributed-dp(cohort=4)", "federation.rounds": 2}
+    whole = told_of(tmp_path / "whole", promised)
+    assert whole.epsilon is not None
+    assert whole.epsilon.epsilon is not None
+    assert not whole.epsilon.withheld
+    assert len(whole.spent) == 4
+    plug_in(monkeypatch, "defense", "leaving", Leaving)
+    short = told_of(tmp_path / "short", {"defenses": "leaving | distributed-dp(cohort=4)"})
+    assert short.epsilon is not None
+    assert short.epsilon.epsilon is None
+    assert "the sum of round 1 held the noise of 3 of the 4 clients" in short.epsilon.withheld
+    assert short.spent == []
+
+
+def test_a_server_s_own_devices_add_no_noise_and_withhold_epsilon(tmp_path: Path) -> None:
+    changes = {
+        "threat-model": "H",
+        "attack": "sybil-sa-dp(cohort=4)",
+        "defenses": "distributed-dp(cohort=4)",
+        "federation.local": "fedsgd(batch_size=1)",
+    }
+    told = told_of(tmp_path, changes).epsilon
+    assert told is not None
+    assert told.epsilon is None
+    assert "held the noise of 1 of the 4 clients" in told.withheld
+
+
+@pytest.mark.parametrize(
+    ("channel", "local", "refused"),
+    [
+        ("trusted-sum", "fedavg(batch_size=4)", True),
+        ("trusted-sum", "fedsgd(batch_size=300)", True),
+        ("trusted-sum", "fedsgd(batch_size=2)", False),
+        ("plain", "fedavg(batch_size=4)", False),  # no epsilon is told there
+    ],
+)
+def test_unequal_weights_in_the_sum_are_refused(
+    channel: str, local: str, refused: bool, tmp_path: Path
+) -> None:
+    changes = {"defenses": "distributed-dp(cohort=4)", "channel": channel}
+    changes |= {"federation.local": local, "data.partition": "linear"}
+    parts = Parts(scenario(tmp_path, changes))
+    if not refused:
+        check(parts)
+        return
+    with pytest.raises(ScenarioError, match="examples in the sum, and its noise is that of equal"):
+        check(parts)
 
 
 def test_a_cohort_of_more_than_take_part_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ in an attack's own file cannot hide one in its detector.
 
 import copy
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -129,6 +131,65 @@ class Branching(nn.Module):
 def test_an_architecture_that_vmap_cannot_follow_is_taken_one_by_one(batch: Batch) -> None:
     (chunk,) = per_example_gradients(Branching(), (batch[0][:4], batch[1][:4]))
     assert chunk["fc.weight"].shape == (4, 10, 3072)
+
+
+class Does(nn.Module):
+    """Does one thing with the pixels before a linear layer, and counts how often."""
+
+    def __init__(self, deed: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fc, self.deed, self.calls = nn.Linear(3072, 10), deed, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        logits: Tensor = self.fc(self.deed(images.flatten(1)))
+        return logits
+
+
+class Own(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return 2 * values
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * gradient
+
+
+@pytest.mark.parametrize(
+    "deed",
+    [
+        lambda pixels: pixels * pixels.sum().item(),
+        lambda pixels: torch.zeros(len(pixels), 3072).copy_(pixels),
+        lambda pixels: pixels + pixels[pixels > 0].sum(),
+        lambda pixels: pixels * float(pixels.detach().numpy().sum()),
+        Own.apply,
+    ],
+    ids=["item", "in place", "size by value", "numpy", "own function"],
+)
+def test_whatever_vmap_cannot_follow_is_taken_one_by_one(deed: Any, batch: Batch) -> None:
+    model = Does(deed)
+    (chunk,) = per_example_gradients(model, (batch[0][:3], batch[1][:3]))
+    assert chunk["fc.weight"].shape == (3, 10, 3072)
+    assert model.calls == 2
+
+
+@pytest.mark.parametrize(
+    ("deed", "said"),
+    [
+        (lambda pixels: pixels[:, 1:], "cannot be multiplied"),
+        (lambda pixels: _fail("out of memory"), "out of memory"),
+    ],
+)
+def test_what_goes_wrong_anyway_is_not_tried_again(deed: Any, said: str, batch: Batch) -> None:
+    model = Does(deed)
+    with pytest.raises(RuntimeError, match=said):
+        list(per_example_gradients(model, (batch[0][:3], batch[1][:3])))
+    assert model.calls == 1
+
+
+def _fail(why: str) -> Tensor:
+    raise torch.OutOfMemoryError(why)
 
 
 # -- closed forms ------------------------------------------------------------------------------

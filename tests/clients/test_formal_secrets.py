@@ -12,6 +12,7 @@ from clients.defenses.formal.dp_sgd import DPSGD
 from clients.defenses.formal.fed_cdp import FedCDP
 from clients.defenses.formal.gaussian import Gaussian
 from clients.defenses.formal.local_dp import LocalDP
+from clients.defenses.perturbation.soteriafl import SoteriaFL
 from clients.ledger import Accounted
 from fedsim import registry, seeds
 from fedsim.defense import ClientContext, Defense
@@ -25,6 +26,7 @@ FORMAL: list[Defense] = [
     AdaptiveNoiseDP(),
     DPSGD(),
     FedCDP(),
+    SoteriaFL(keep=1.0),
 ]
 
 

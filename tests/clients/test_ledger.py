@@ -11,6 +11,7 @@ from clients.defenses.formal.local_dp import LocalDP
 from clients.ledger import record, released, rounds_done
 from fedsim.accounting import Release, epsilon
 from fedsim.audit import judge
+from fedsim.audit.receipts import defense_parts
 from fedsim.engines.inline import run_inline
 from fedsim.errors import RunFailed
 from tests.clients.one_update import context
@@ -73,6 +74,49 @@ def test_what_was_spent_stands_in_the_report_beside_what_was_promised(tmp_path: 
     text = page.read_text()
     assert "What local-dp spent" in text
     assert "spent: ε = 1.47 at most" in text
+
+
+@pytest.mark.parametrize(
+    ("defenses", "local", "count"),
+    [
+        ("clip(norm=0.5) | gaussian(std=2.0)", "fedavg(batch_size=200)", 2),
+        ("clip(norm=0.5, at='gradient') | gaussian(std=2.0, at='gradient')", None, 2),
+        ("soteriafl(norm=0.5, std=2.0, delta=1e-5)", "fedavg(batch_size=200)", 2),
+    ],
+)
+def test_other_noise_behind_a_clip_is_in_a_ledger_too(
+    defenses: str, local: str | None, count: int, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"defenses": defenses, "federation.rounds": 2}
+    ran = federated(tmp_path, {**changes, **({"federation.local": local} if local else {})})
+    part = defense_parts(list(ran.vault), ran.federation)[-1]
+    assert [spent.releases for spent in part.spent] == [count] * 4
+    assert part.epsilon is not None
+    assert part.spent[0].epsilon == part.epsilon.epsilon
+    assert part.epsilon.epsilon == pytest.approx(epsilon((Release(2.0, count=2),), DELTA))
+
+
+def test_every_local_step_of_noise_is_a_release(tmp_path: Path) -> None:
+    defenses = "clip(norm=0.5, at='gradient') | gaussian(std=2.0, at='gradient')"
+    changes = {"defenses": defenses, "federation.local": "fedavg(batch_size=100, epochs=2)"}
+    ran = federated(tmp_path, changes)
+    part = defense_parts(list(ran.vault), ran.federation)[-1]
+    most = max(map(len, ran.parts.partitions))
+    assert max(spent.releases for spent in part.spent) == 2 * -(-most // 100)
+    assert part.epsilon is not None
+    assert part.spent[0].epsilon == part.epsilon.epsilon
+
+
+def test_noise_without_a_bound_before_it_is_in_no_ledger(tmp_path: Path) -> None:
+    ran = federated(tmp_path, {"defenses": "gaussian(std=2.0)"})
+    assert defense_parts(list(ran.vault), ran.federation)[-1].spent == []
+    assert all("releases" not in record.receipts[0] for record in ran.vault)
+
+
+def test_a_budget_stops_soteriafl(tmp_path: Path) -> None:
+    defense = "soteriafl(norm=0.5, std=1.0, budget=1.0)"
+    ran = federated(tmp_path, {"defenses": defense})
+    assert all(failure["refused"] for failure in ran.federation["failures"])
 
 
 def test_a_budget_that_the_first_round_exceeds_uploads_nothing_at_all(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from fedsim import reconstructions
 from fedsim.data import DataSpec
 from fedsim.defense import ClientContext, Defense, Tensors
 from fedsim.models import build_model, is_buffer, travelling
-from fedsim.parts import Parts
+from fedsim.parts import Parts, server_context
 from fedsim.population import ADDRESS
 from fedsim.run import _told
 from fedsim.run_folder import RunFolder
@@ -87,7 +87,10 @@ def same(ours: dict[str, Tensor] | None, theirs: dict[str, Tensor] | None) -> bo
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_repeats_bit_for_bit(kind: str, tmp_path: Path) -> None:
+def test_a_run_repeats_bit_for_bit(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDSIM_SECRET_KEY", "11" * 32)
     changes = {"attack": "watching", **KINDS[kind]}
     runs = [federated(tmp_path / str(turn), changes, run_id=turn + 5) for turn in range(2)]
     for first, second in zip(*(run.views for run in runs), strict=True):
@@ -136,6 +139,19 @@ def test_the_noise_of_two_machines_differs(tmp_path: Path, monkeypatch: pytest.M
         found.append(federated(tmp_path, {"attack": "watching", "defenses": "noise"}).views[0])
     assert same(found[0].sent, found[1].sent)
     assert not same(found[0].received, found[1].received)
+
+
+def test_the_noise_of_two_runs_differs_on_one_machine(tmp_path: Path) -> None:
+    changes = {"attack": "watching", "defenses": "noise"}
+    runs = [federated(tmp_path / str(i), changes, run_id=i).views[0] for i in (5, 6)]
+    again = federated(tmp_path / "again", changes, run_id=5).views[0]
+    assert same(runs[0].sent, runs[1].sent)
+    assert not same(runs[0].received, runs[1].received)
+    assert same(runs[0].received, again.received)
+    parts = Parts(scenario(tmp_path))
+    states = [server_context(parts, run).secret("noise").get_state() for run in (5, 6, 5)]
+    assert torch.equal(states[0], states[2])
+    assert not torch.equal(states[0], states[1])
 
 
 class Asker:

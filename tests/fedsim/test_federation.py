@@ -17,7 +17,8 @@ from fedsim.errors import RunFailed, ScenarioError
 from fedsim.federation import build_strategy, inner_strategies, least_share, unfit_strategy
 from fedsim.models import build_model, initial_model, load_arrays
 from fedsim.parts import Parts, check
-from fedsim.run import accuracy
+from fedsim.population import Ledger
+from fedsim.run import History, accuracy
 from fedsim.view import ServerView
 from strategies.roles import Manipulator
 from tests.fedsim.small import (
@@ -366,4 +367,24 @@ def test_a_formal_guarantee_is_told(tmp_path: Path) -> None:
     assert promise["name"] == "gaussian"
     assert 0 < promise["epsilon"] < 10
     assert np.isfinite(promise["delta"])
+
+
+@pytest.mark.parametrize(
+    ("defense", "local", "channel", "told"),
+    [
+        ("local-dp", "fedavg(batch_size=32)", "plain", True),
+        ("local-dp", "fedsgd(batch_size=10000)", "plain", True),
+        ("local-dp", "fedsgd(batch_size=2)", "plain", False),  # everybody's batch
+        ("local-dp", "fedavg(batch_size=32)", "trusted-sum", False),
+        ("dp-sgd", "fedavg(batch_size=32)", "plain", False),  # of examples, and their number is n
+        ("central-dp", "fedavg(batch_size=32)", "plain", False),
+    ],
+)
+def test_a_count_of_examples_beside_a_client_level_guarantee_is_told(
+    defense: str, local: str, channel: str, told: bool, tmp_path: Path
+) -> None:
+    changes = {"defenses": defense, "federation.local": local, "channel": channel}
+    history = History(Parts(scenario(tmp_path, changes)), Ledger(), [], None)
+    (promise,) = history.privacy
+    assert ("the number of examples is sent beside it" in promise["mechanism"]) == told
     check(Parts(scenario(tmp_path)))

@@ -70,6 +70,16 @@ def test_a_scenario_that_is_right_has_nothing_to_fix(tmp_path: Path) -> None:
     assert fixes(scenario(tmp_path, {"model.name": WITH[0]})) == {}
 
 
+def test_a_defense_that_brings_batchnorm_itself_is_named(tmp_path: Path) -> None:
+    changes = {"defenses": "fedkl | dp-sgd", "model.name": "convnet(width=8)"}
+    for model in ("convnet(width=8)", WITH[1]):
+        both = scenario(tmp_path, {**changes, "model.name": model})
+        with pytest.raises(ScenarioError, match=r"fedkl puts a layer into .* dp-sgd cannot carry"):
+            fixes(both)
+    assert fixes(scenario(tmp_path, {**changes, "defenses": "fedkl"})) == {}
+    assert fixes(scenario(tmp_path, {**changes, "defenses": "pefl | dp-sgd"})) == {}
+
+
 def test_the_command_prints_the_override_and_writes_the_file(tmp_path: Path) -> None:
     refused = scenario(tmp_path, {"defenses": "dp-sgd", "model.name": WITH[0]})
     file, out = tmp_path / "refused.toml", tmp_path / "fixed.toml"

@@ -6,12 +6,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from torch import Tensor
 
 from fedsim.errors import RunFailed
 from fedsim.registry import build
-from strategies.channels.fragmented import RECORD, Fragmented, FragmentedGrid, mask, seal, unseal
+from strategies.channels.fragmented import (
+    RECORD,
+    Fragmented,
+    FragmentedGrid,
+    _public_key,
+    mask,
+    seal,
+    unseal,
+)
 from tests.fedsim.small import Ran, federated, plug_in, watching
 
 FEDAVG = "fedavg(epochs=1, batch_size=32, lr=0.1)"
@@ -222,6 +230,19 @@ def test_a_client_has_one_partner_a_round(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Fragmented, "client", client)
     assert mixed(tmp_path).failures == []
     assert sorted(refused) == ["fragment"] * 4 + ["mix"] * 4
+
+
+def test_a_server_that_goes_back_to_a_round_gets_another_key() -> None:
+    """Or two messages would lie under one key and one nonce."""
+    context = Context(7, 1, {}, RecordDict(), {"seed": 3})
+    keys = []
+    for server_round in (1, 1, 2, 1, 2):
+        asked = ConfigRecord({"stage": "keys", "round": server_round})
+        memory = context.state.config_records.get(RECORD, ConfigRecord())
+        told = _public_key(asked, memory, context)
+        keys.append(told.config_records[RECORD]["key"])
+    assert keys[0] == keys[1]  # asked twice in a round
+    assert len(set(keys)) == 4
 
 
 def test_a_cohort_of_one_is_refused() -> None:

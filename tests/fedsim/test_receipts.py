@@ -1,5 +1,6 @@
 """Receipts say what really happened; a run in which nothing happened must not be believed."""
 
+import copy
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from fedsim import client_app
 from fedsim.data import DataSpec
@@ -16,7 +18,15 @@ from fedsim.defense import Batch, ClientContext, Defense, Effect, Tensors, Verdi
 from fedsim.engines.inline import run_inline
 from fedsim.errors import RunFailed
 from fedsim.models import build_model
-from fedsim.receipts import measured_batch, measured_update
+from fedsim.receipts import (
+    in_network,
+    measured_batch,
+    measured_loss,
+    measured_model,
+    measured_sampler,
+    measured_update,
+)
+from fedsim.registry import components
 from tests.fedsim.small import federated, latest, meddling, nudge, plug_in, scenario, watching
 
 CTX: Any = None
@@ -72,12 +82,125 @@ def test_a_batch_is_changed_if_its_images_or_labels_are() -> None:
         assert effect.changed == changed
 
 
+MODEL: Any = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+IMAGES, LABELS = torch.rand(2, 1, 8, 8), torch.tensor([1, 2])
+
+
+def mean_loss(model: nn.Module, batch: Batch, ctx: Any) -> Tensor:
+    return cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("hook", "changed"),
+    [
+        (lambda model, batch, ctx: None, False),
+        (mean_loss, False),
+        (lambda *given: mean_loss(*given) + 0 * MODEL[1].weight.sum(), False),
+        (lambda *given: mean_loss(*given) + MODEL[1].weight.square().sum(), True),
+        (lambda model, batch, ctx: model(batch[0]).square().mean(), True),
+        (lambda model, batch, ctx: mean_loss(model, (1 - batch[0], batch[1]), ctx) * 2, True),
+        (lambda model, batch, ctx: model[1].weight.sum(), True),  # it looks at no example
+    ],
+)
+def test_a_loss_is_changed_if_it_is_not_cross_entropy(hook: Any, changed: bool) -> None:
+    effect = Effect()
+    measured_loss(effect, hook, MODEL, (IMAGES, LABELS), CTX)
+    assert effect.changed == changed
+    assert not MODEL._forward_hooks
+
+
+def with_another(model: nn.Module, ctx: Any) -> nn.Module:
+    model.add_module("more", nn.Linear(3, 3))
+    return model
+
+
+def moved(model: nn.Module, ctx: Any) -> nn.Module:
+    with torch.no_grad():
+        model[1].bias[0] += 1  # type: ignore[index]
+    return model
+
+
+def counting(model: nn.Module, ctx: Any) -> nn.Module:
+    model.register_forward_hook(lambda *seen: None)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("hook", "changed"),
+    [
+        (lambda model, ctx: model, False),
+        (lambda model, ctx: copy.deepcopy(model), False),
+        (counting, False),
+        (with_another, True),
+        (moved, True),
+        (lambda model, ctx: nn.Sequential(model), True),
+        (lambda model, ctx: nn.Sequential(nn.Identity(), model[1]), True),
+    ],
+)
+def test_a_model_is_changed_if_its_modules_or_tensors_are(hook: Any, changed: bool) -> None:
+    effect = Effect()
+    measured_model(effect, hook, copy.deepcopy(MODEL), CTX)
+    assert effect.changed == changed
+
+
+@pytest.mark.parametrize(
+    ("hook", "changed"),
+    [
+        (lambda batches, examples, ctx: batches, False),
+        (lambda batches, examples, ctx: [batch.clone() for batch in batches], False),
+        (lambda batches, examples, ctx: [batch.flip(0) for batch in batches], True),
+        (lambda batches, examples, ctx: list(batches)[:1], True),
+        (lambda batches, examples, ctx: [*batches, torch.arange(2)], True),
+    ],
+)
+def test_a_sampler_changes_if_its_batches_are_others(hook: Any, changed: bool) -> None:
+    effect, drawn = Effect(), [torch.arange(2), torch.arange(2, 4)]
+    list(measured_sampler(effect, hook, iter(drawn), 4, CTX))
+    assert effect.changed == changed
+
+
+@pytest.mark.parametrize(
+    ("name", "sent", "there"),
+    [
+        ("pefl", "pefl-network(of='mlp')", True),
+        ("pefl", "precode-network(of=\"pefl-network(of='mlp')\")", True),
+        ("pefl", "mlp", False),  # whoever sent it took the defense out
+        ("clip", "mlp", False),
+    ],
+)
+def test_a_defense_in_the_network_is_there_if_the_network_sent_has_it(
+    name: str, sent: str, there: bool
+) -> None:
+    defense = components("defense")[name]
+    assert in_network(defense() if name == "pefl" else defense(norm=1.0), "mlp", sent) == there
+
+
 # -- in a run -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Idle(Defense):
     """Does nothing, and should."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretending(Defense):
+    """Has many hooks, all of which come to nothing."""
+
+    def sampler(self, batches: Iterable[Tensor], examples: int, ctx: ClientContext) -> Any:
+        return [batch.clone() for batch in batches]
+
+    def transform_batch(self, batch: Batch, ctx: ClientContext) -> Batch:
+        return batch[0].clone(), batch[1].clone()
+
+    def wrap_model(self, model: nn.Module, ctx: ClientContext) -> nn.Module:
+        return model
+
+    def loss(self, model: nn.Module, batch: Batch, ctx: ClientContext) -> Tensor:
+        return mean_loss(model, batch, ctx)
+
+    def learning_rate(self, lr: float, ctx: ClientContext) -> float:
+        return lr * 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +245,8 @@ def _plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     plug_in(monkeypatch, "attack", "meddling", meddling(nudge))
     plug_in(monkeypatch, "attack", "mild", meddling(lambda arrays, knowledge: None))
     for name, one in {
-        "idle": Idle, "blinking": Blinking, "suspicious": Suspicious, "sparse": Sparse,
+        "idle": Idle, "pretending": Pretending, "blinking": Blinking, "suspicious": Suspicious,
+        "sparse": Sparse,
     }.items():  # fmt: skip
         plug_in(monkeypatch, "defense", name, one)
 
@@ -149,6 +273,39 @@ def test_a_run_whose_defense_changed_nothing_fails_loudly(tmp_path: Path) -> Non
         run_inline(scenario(tmp_path, {"attack": "watching", "defenses": "idle"}), "a test")
     report = json.loads((latest(tmp_path).path / "report.json").read_text())
     assert "idle" in report["failed"]
+
+
+ACTING = [
+    "mixup", "instahide", "oasis", "label-smoothing", "gradient-mixing", "label-based",
+    "label-based(groups=2)", "giande", "giande(features='body.3')", "digestnn", "precode",
+    "precode(beta=0.0)", "cvb", "dropout", "spn", "fedkl", "pefl", "pefl(private=True)",
+    "lr-perturbation", "dp-sgd",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("defense", ACTING)
+def test_what_a_defense_does_before_the_gradient_is_seen(defense: str, tmp_path: Path) -> None:
+    changes = {
+        "defenses": defense,
+        "model.name": "convnet(width=8)",
+        "federation.clients": 2,
+        "federation.local": "fedsgd(batch_size=8)",
+    }
+    if defense == "lr-perturbation":
+        changes["federation.local"] = "fedavg(batch_size=200)"
+    if defense == "dropout":
+        changes["model.batchnorm"] = "private"
+    if "groups" in defense:
+        changes |= {"model.name": "convnet(width=8, norm='batch')", "model.batchnorm": "private"}
+    ran = federated(tmp_path, changes)
+    assert [record.receipts[0]["changed"] for record in ran.vault] == [True, True]
+
+
+@pytest.mark.parametrize("local", ["fedsgd(batch_size=4)", "fedavg(batch_size=32)"])
+def test_hooks_that_come_to_nothing_fail_the_run(local: str, tmp_path: Path) -> None:
+    changes = {"attack": "none", "defenses": "pretending", "federation.local": local}
+    with pytest.raises(RunFailed, match=r"'pretending' is switched on and changed 0/4 uploads"):
+        run_inline(scenario(tmp_path, changes), "a test")
 
 
 def test_an_honest_runs_idle_defense_fails_it_too(tmp_path: Path) -> None:

@@ -72,6 +72,18 @@ def test_the_secret_stream_hangs_on_the_key_and_not_on_the_seed_alone(
     assert one != first(seeds.secret_generator(7, "noise"))
 
 
+def test_runs_draw_for_themselves_unless_a_key_asks_for_a_repeat(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def drawn() -> list[bytes]:
+        return [seeds.secret_bytes(7, "noise", run_id=run) for run in (5, 6, 5)]
+
+    one, other, again = drawn()
+    assert one == again != other
+    monkeypatch.setenv("FEDSIM_SECRET_KEY", "11" * 32)
+    assert len(set(drawn())) == 1
+
+
 def test_entropy_ignores_seed_and_key() -> None:
     found = {tuple(first(seeds.secret_generator(7, "x", entropy=True))) for _ in range(4)}
     assert len(found) == 4

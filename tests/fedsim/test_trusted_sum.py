@@ -15,7 +15,7 @@ from fedsim.attack import Manipulation, ModelToSend, Reconstruction
 from fedsim.errors import ScenarioError
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
-from strategies.channels.trusted_sum import Total
+from strategies.channels.trusted_sum import SummingGrid, Total
 from tests.fedsim.small import NOBODY, federated, gray, plug_in
 
 SUMMED = {"channel": "trusted-sum", "attack": "robbing-the-fed(units=4)", "threat-model": "G"}
@@ -25,6 +25,10 @@ def upload(examples: int = 1, **arrays: list[float]) -> RecordDict:
     values = {name: Array(np.array(value, dtype=np.float32)) for name, value in arrays.items()}
     weight = MetricRecord({"num-examples": examples})
     return RecordDict({"arrays": ArrayRecord(values), "metrics": weight})
+
+
+def test_a_grid_that_sums_says_how() -> None:
+    assert SummingGrid.__abstractmethods__ >= {"take", "release"}
 
 
 def test_the_server_gets_the_weighted_mean_of_what_it_would_have_seen(tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ from fedsim.registry import register
 class DistributedDP(Accounted):
     """Clip the upload to ``norm``, and add one client's share of the noise of the whole sum.
 
-    Epsilon is told behind a channel that lets the server read sums only.
+    Epsilon is told behind a channel that lets the server read sums only, of clients who weigh
+    alike; it is withheld where a sum held fewer of them than ``cohort``.
 
     Parameters
     ----------
@@ -80,13 +81,29 @@ class DistributedDP(Accounted):
         """Standard deviation of one client's noise: ``sigma c / sqrt(C - 1)``."""
         return self.sigma * self.norm / math.sqrt(self.cohort - 1)
 
+    @property
+    def in_each_sum(self) -> int:
+        """``C``: without those who drop out, or are the server's, the noise falls short."""
+        return self.cohort
+
     def check_setting(self, setting: Setting) -> None:
-        """Refuse a cohort that no sum can have: its noise would be less than what is told."""
+        """Refuse a cohort that no sum can have, or weights that make one client's noise less.
+
+        The sum is weighed by examples: who weighs more than the others moves it by more than
+        ``2 c``, behind shares of noise that weigh less than its own.
+        """
         most = setting.cohort + setting.sybils
         if self.cohort > most:
             raise ValueError(
                 f"cohort={self.cohort} is more than the {most} that take part in a round: the sum "
                 f"would hold less noise than sigma says; let cohort be at most {most}"
+            )
+        fewest, largest = setting.uploads[0], setting.uploads[-1]
+        if setting.channel.aggregates and fewest < largest:
+            raise ValueError(
+                f"clients would weigh {fewest} to {largest} examples in the sum, and its noise is "
+                "that of equal weights; let all hold as many, or use federation.local = "
+                f"'fedsgd(batch_size={min(setting.examples)})' or smaller batches"
             )
 
     def transform_update(self, update: Tensors, ctx: ClientContext) -> Tensors:

@@ -6,6 +6,7 @@ message), and each of the T messages is the Gaussian mechanism of Dwork and Roth
 them compose to one of ``std / sqrt(T)`` exactly (Dong, Roth, Su 2022, Cor. 3.3), whose epsilon is
 that of Balle and Wang 2018, Theorem 8.  No subsampling amplifies: the server sees who takes part.
 Without a clip there is no sensitivity, hence no epsilon: the noise may help, nothing is proven.
+With one, every release goes into the client's ledger; a budget that stops it is ``local-dp``'s.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from clients.defenses.toy import RATIO_ATTACK
+from clients.ledger import record, released
 from clients.noise import noised
 from fedsim.accounting import Release
 from fedsim.accounting import epsilon as total
@@ -79,6 +81,10 @@ class Gaussian(Defense):
         return self._noised(update, ctx) if self.at == "update" else update
 
     def _noised(self, tensors: Tensors, ctx: ClientContext) -> Tensors:
+        bound = ctx.bounds.get(self.name, {}).get(self.at)
+        if bound is not None:
+            record(ctx, self.name, (Release(self.std / (2 * bound)),))
+            ctx.effect(self).releases = released(ctx, self.name)
         return noised(tensors, self.std, ctx.secret(self.name, ctx.round, ctx.step))
 
     def norm_bound(self, at: Place, entering: float | None) -> float | None:
@@ -96,9 +102,8 @@ class Gaussian(Defense):
             return None
         releases = plan.rounds * (plan.steps if self.at == "gradient" else 1)
         sensitivity = 2 * bound
-        epsilon = epsilon_of(self.std, sensitivity, releases, self.delta)
         return Privacy(
-            epsilon=epsilon,
+            epsilon=epsilon_of(self.std, sensitivity, releases, self.delta),
             delta=self.delta,
             unit="client",
             relation="replace-one",

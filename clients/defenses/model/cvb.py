@@ -1,13 +1,14 @@
 """CVB: a convolutional variational bottleneck early in the network, so that all behind is chance.
 
 Behind the first convolution, its normalization, activation and pooling, features h of C channels
-become, in train and in eval mode alike,
+become, wherever a gradient is taken, in train and in eval mode alike,
 
     m = W_m * h,  s = softplus(clip(W_s * h, -5, 5)),  z = m + s e with e ~ N(0, I),  h' = W_d * z
 
 with convolutions of K channels (C / 2, or 8 where C is less than 8), 'same' padding and no bias,
-and W_d 1 x 1.  The loss grows by ``beta * KL(N(m, s^2) || N(0, I))``: in nats, summed over
-channels, averaged over places and batch.
+and W_d 1 x 1.  Where no gradient is taken there is no noise, z = m: the server's accuracy is that
+of the mean.  The loss grows by ``beta * KL(N(m, s^2) || N(0, I))``: in nats, summed over channels,
+averaged over places and batch.
 Scheliga, Maeder and Seeland, "Privacy Preserving Federated Learning with Convolutional Variational
 Bottlenecks", arXiv 2309.04515, 2023, and the authors' code (kernel 5, beta 0.1 for their CNN).
 

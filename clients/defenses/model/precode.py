@@ -1,11 +1,12 @@
 """PRECODE: a variational bottleneck before the classifier makes gradients a matter of chance.
 
-For features h the client draws, in train and in eval mode alike,
+For features h the client draws, wherever a gradient is taken, in train and in eval mode alike,
 
     (m, r) = W_e h + b_e,  s = softplus(r),  z = m + s e with e ~ N(0, I),  h' = W_d z + b_d
 
 feeds the classifier h' and adds ``beta * KL(N(m, s^2) || N(0, I))`` to the loss: in bits, summed
-over the K units and averaged over the batch.
+over the K units and averaged over the batch.  Where no gradient is taken there is no noise, z = m:
+the server's accuracy is that of the mean (the authors' code draws there too).
 Scheliga, Maeder and Seeland, "PRECODE - A Generic Model Extension to Prevent Deep Gradient
 Leakage", WACV 2022, Sec. 3, and the authors' code (K = 256, beta = 1e-3).  The bottleneck is part
 of the network that server and clients share, attackers included; only e is secret.
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from clients.defenses.model.network import Penalized, classifier, penalized_loss, replace
+from clients.noise import noised
 from fedsim.attack import Paper, ToyCase
 from fedsim.data import DataSpec
 from fedsim.defense import Batch, ClientContext, Defense, Place, Rank, Tensors
@@ -187,12 +189,10 @@ class Precode(Defense):
         if not self.upstream_std:
             return update
         generator = ctx.secret(self.name, ctx.round)
-        noised, before = {}, True
-        for name, tensor in update.items():
-            before = before and f".{PART}." not in name
-            noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-            noised[name] = tensor + self.upstream_std * noise.to(tensor) if before else tensor
-        return noised
+        names = list(update)
+        first = next((i for i, name in enumerate(names) if f".{PART}." in name), len(names))
+        before = {name: update[name] for name in names[:first]}
+        return {**update, **noised(before, self.upstream_std, generator)}
 
     def norm_bound(self, at: Place, entering: float | None) -> float | None:
         """Return None where noise is added: it has no bound."""

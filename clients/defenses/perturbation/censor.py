@@ -31,6 +31,7 @@ from torch.nn.functional import cross_entropy
 
 from clients.defenses.aside import logits, the_step
 from clients.defenses.toy import RATIO_ATTACK
+from clients.noise import normal
 from fedsim.attack import Paper, ToyCase
 from fedsim.defense import ClientContext, Defense, Place, Rank, Tensors
 from fedsim.registry import register
@@ -108,7 +109,7 @@ def orthogonal(gradient: Tensor, generator: torch.Generator) -> Tensor:
     """
     g = gradient.detach().double().cpu().flatten()
     norm = g.norm()
-    direction = torch.randn(g.shape, generator=generator, dtype=g.dtype)
+    direction = normal(g, generator)
     if g.numel() == 1 or norm == 0:
         return torch.zeros_like(gradient)
     unit = g / norm

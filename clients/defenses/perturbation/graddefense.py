@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from clients.defenses.aside import gradient_of, the_step
 from clients.defenses.toy import RATIO_ATTACK
+from clients.noise import normal
 from fedsim.attack import Paper, ToyCase
 from fedsim.defense import Batch, ClientContext, Defense, Rank, Tensors
 from fedsim.registry import register
@@ -109,8 +110,7 @@ class GradDefense(Defense):
         drawn = torch.randperm(self.slices, generator=generator)[: self.perturbed].tolist()
         for index in drawn:
             start, end = ends[index], ends[index + 1]
-            noise = torch.randn(end - start, generator=generator, dtype=flat.dtype)
-            flat[start:end] += self.scale * noise.to(flat)
+            flat[start:end] += self.scale * normal(flat[start:end], generator)
         share = sum(ends[index + 1] - ends[index] for index in drawn) / len(flat)
         ctx.effect(self).figures["share of entries with noise"] = share
         parts = flat.split([g.numel() for g in gradient.values()])  # type: ignore[no-untyped-call]
@@ -124,9 +124,7 @@ class GradDefense(Defense):
         gradient = gradient_of(model, (images, batch[1]), create_graph=True)
         found = {}
         for name, g in gradient.items():
-            v = torch.ones_like(g)
-            if self.projection == "normal":
-                v = torch.randn(g.shape, generator=generator, dtype=g.dtype).to(g)
+            v = normal(g, generator) if self.projection == "normal" else torch.ones_like(g)
             (slope,) = torch.autograd.grad(
                 g, images, v, retain_graph=True, allow_unused=True, materialize_grads=True
             )

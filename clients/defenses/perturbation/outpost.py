@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from clients.defenses.aside import the_step
 from clients.defenses.toy import RATIO_ATTACK
+from clients.noise import normal
 from fedsim.attack import Paper, ToyCase
 from fedsim.defense import ClientContext, Defense, Rank, Tensors
 from fedsim.registry import register
@@ -129,6 +130,5 @@ class Outpost(Defense):
         noised = order[: round(size * self.phi / 100)]
         made = torch.zeros_like(flat)
         made[kept] = flat[kept]
-        noise = torch.randn(len(noised), generator=generator, dtype=flat.dtype)
-        made[noised] += std * noise.to(flat)
+        made[noised] += std * normal(flat[noised], generator)
         return made.view_as(gradient)

@@ -38,14 +38,15 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from clients.defenses.formal.gaussian import epsilon_of
 from clients.defenses.perturbation.clip import clipped
 from clients.defenses.perturbation.sparse import tell_sparsity
 from clients.defenses.toy import RATIO_ATTACK
+from clients.ledger import Accounted
+from clients.noise import noised
+from fedsim.accounting import Release, Releases
 from fedsim.attack import Paper, Setting, ToyCase
 from fedsim.defense import (
     ClientContext,
-    Defense,
     Place,
     Privacy,
     Rank,
@@ -63,7 +64,7 @@ Values = NDArray[np.floating]
 
 @register("defense", "soteriafl")
 @dataclass(frozen=True, kw_only=True)
-class SoteriaFL(Defense):
+class SoteriaFL(Accounted):
     """Clip, add noise, and upload a random part of the difference to what the server already has.
 
     Nothing may change the upload after this: the two shifts would part.
@@ -76,8 +77,6 @@ class SoteriaFL(Defense):
         ``sigma``, absolute.
     keep : float
         ``k / d``.
-    delta : float
-        The delta at which epsilon is told.
     """
 
     paper: ClassVar[Paper] = Paper(
@@ -108,7 +107,7 @@ class SoteriaFL(Defense):
     norm: Annotated[float, Field(gt=0)] = 1.0
     std: Annotated[float, Field(gt=0)] = 0.01
     keep: Annotated[float, Field(gt=0, le=1)] = 0.05
-    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-3  # the authors'
 
     @property
     def gamma(self) -> float:
@@ -125,12 +124,9 @@ class SoteriaFL(Defense):
             )
 
     def transform_update(self, update: Tensors, ctx: ClientContext) -> Tensors:
-        """Return ``v_i``, and remember ``s_i``."""
-        noise = ctx.secret(self.name, ctx.round, "noise")
-        private = {
-            name: tensor + self.std * torch.randn(tensor.shape, generator=noise).to(tensor)
-            for name, tensor in clipped(update, self.norm).items()
-        }
+        """Return ``v_i``, remember ``s_i``, and enter the noise in the ledger."""
+        private = noised(clipped(update, self.norm), self.std, self.noise(ctx))
+        self.spend(ctx)
         shifts = {name: self._shift(name, tensor, ctx) for name, tensor in private.items()}
         differences = {name: tensor - shifts[name] for name, tensor in private.items()}
         sent = random_k(differences, self.keep, ctx.secret(self.name, ctx.round, "coordinates"))
@@ -153,13 +149,12 @@ class SoteriaFL(Defense):
         """Return None after the noise: it has no bound."""
         return entering if at == "gradient" else None
 
-    def privacy(
-        self,
-        plan: TrainingPlan,
-        entering: Mapping[Place, float | None],  # noqa: ARG002 - it clips by itself
-    ) -> Privacy | None:
-        """Return client-level epsilon over all rounds, of the clipped mean: sensitivity ``2 G``."""
-        epsilon = epsilon_of(self.std, 2 * self.norm, plan.rounds, self.delta)
+    def releases(self, plan: TrainingPlan, before: int) -> Releases:  # noqa: ARG002 - all alike
+        """One mechanism a round, of the clipped mean: sensitivity ``2 G``."""
+        return (Release(self.std / (2 * self.norm)),)
+
+    def guarantee(self, epsilon: float, plan: TrainingPlan) -> Privacy:
+        """Client level, against the server itself."""
         return Privacy(
             epsilon=epsilon,
             delta=self.delta,

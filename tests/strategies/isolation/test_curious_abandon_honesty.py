@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from fedsim.errors import ScenarioError
+from fedsim.parts import Parts, check
 from strategies.attacks.analytic.isolation.trap import firing_rate
-from tests.fedsim.small import federated
+from tests.fedsim.small import federated, scenario
 from tests.strategies.isolation.trapped_federation import (
     Caught,
     cifar,
@@ -161,6 +162,48 @@ def test_local_steps_lose_little_because_a_row_hears_few_images(tmp_path: Path) 
     assert alone > 0.2
     assert one_step == pytest.approx(alone, abs=0.05)
     assert eight_steps >= one_step - 0.1
+
+
+@pytest.mark.parametrize(
+    ("channel", "gain", "refused"),
+    [
+        ("secagg", "", True),
+        ("secagg", "gain=1e-3", False),
+        ("ckks", "", False),
+        ("trusted-sum", "", False),
+    ],
+)
+def test_local_steps_are_refused_behind_what_rounds_and_not_behind_every_sum(
+    channel: str, gain: str, refused: bool, tmp_path: Path
+) -> None:
+    attack = f"curious-abandon-honesty({gain})" if gain else "curious-abandon-honesty"
+    changes = {**TILES, "threat-model": "G", "attack": attack, "channel": channel}
+    parts = Parts(scenario(tmp_path, {**changes, "federation.local": "fedavg(batch_size=8)"}))
+    if refused:
+        with pytest.raises(ScenarioError, match="drowns in the rounding of secagg"):
+            check(parts)
+    else:
+        check(parts)
+
+
+def test_encrypted_sums_of_weights_read_as_clear_ones_do(tmp_path: Path) -> None:
+    pytest.importorskip("tenseal")
+    found = []
+    for channel in ("trusted-sum", "ckks(coeff_modulus=[60, 60])"):
+        (one,) = rounds(
+            tmp_path / channel[:4],
+            "curious-abandon-honesty(together=32)",
+            **{
+                **TILES,
+                "federation.clients": 64,
+                "federation.fraction": 0.0315,
+                "federation.local": "fedavg(batch_size=36, lr=0.01)",
+                "channel": channel,
+            },
+        )
+        found.append(int((one.psnr >= 40).sum()))
+    print(found)
+    assert found[0] == found[1] > 0
 
 
 @pytest.mark.slow

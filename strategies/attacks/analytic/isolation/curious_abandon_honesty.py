@@ -147,12 +147,12 @@ class CuriousAbandonHonesty(Manipulation):
         refuse_unfit(model, kind)
 
     def check_setting(self, setting: Setting) -> None:
-        """Refuse what rounding leaves nothing of: weights in a masked sum, at the gain of 1."""
-        if setting.training.kind == "weights" and setting.channel.masks and self.gain is None:
+        """Refuse what rounding leaves nothing of: weights on a coarse grid, at the gain of 1."""
+        if setting.training.kind == "weights" and setting.channel.quantizes and self.gain is None:
             raise ValueError(
-                "what local training moves in the rows drowns in the rounding of secure "
-                "aggregation; let clients upload gradients (fedsgd), or give a gain=, or use the "
-                "channel 'trusted-sum', which does not round"
+                f"what local training moves in the rows drowns in the rounding of "
+                f"{setting.channel.name}; let clients upload gradients (fedsgd), or give a gain=, "
+                "or use a channel that does not round, as 'trusted-sum'"
             )
 
     def craft(
