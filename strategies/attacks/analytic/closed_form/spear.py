@@ -268,14 +268,30 @@ def named(model: nn.Module, layer: str, images: Tensor, gradients: Tensor) -> Te
     gradients : Tensor
         ``[m, r]``: D.
     """
+    slopes = label_slopes(model, layer, images)
+    likeness = cosine_similarity(slopes, gradients.T.to(slopes.device), dim=2)
+    return likeness.argmax(dim=0).cpu()
+
+
+def label_slopes(model: nn.Module, layer: str, images: Tensor) -> Tensor:
+    """Return ``[K, r, m]`` float64: each image's dL/dZ at a layer's outputs, for each label.
+
+    Parameters
+    ----------
+    model : nn.Module
+    layer : str
+        Name of a layer with m outputs.
+    images : Tensor
+        ``[r, C, H, W]``.
+    """
     spec: DataSpec = model.spec  # type: ignore[assignment]
     outputs, logits = _through(model, layer, images.to(next(model.parameters())))
-    likeness = []
+    slopes = []
     for label in range(spec.num_classes):
-        loss = cross_entropy(logits, logits.new_full((len(images),), label, dtype=torch.int64))
-        (slope,) = torch.autograd.grad(loss, outputs, retain_graph=True)
-        likeness.append(cosine_similarity(slope.double(), gradients.T.to(slope.device), dim=1))
-    return torch.stack(likeness).argmax(dim=0).cpu()
+        labels = logits.new_full((len(images),), label, dtype=torch.int64)
+        loss = cross_entropy(logits, labels, reduction="sum")
+        slopes.append(torch.autograd.grad(loss, outputs, retain_graph=True)[0].double())
+    return torch.stack(slopes)
 
 
 def _through(model: nn.Module, layer: str, images: Tensor) -> tuple[Tensor, Tensor]:
