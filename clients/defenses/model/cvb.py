@@ -29,12 +29,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from clients.defenses.model.network import Called, Penalized, called, penalized_loss, replace
+from clients.defenses.model.network import Called, called, replace
 from clients.defenses.model.precode import PART, divergence, drawn_from
 from fedsim.attack import Paper, ToyCase
 from fedsim.data import DataSpec
 from fedsim.defense import Batch, ClientContext, Defense, Rank
 from fedsim.models import build_model
+from fedsim.penalized import Penalized, penalized_loss
 from fedsim.registry import Expression, register
 
 CLIP = 5.0

@@ -30,11 +30,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from clients.defenses.model.network import Penalized, classifier, penalized_loss, replace
+from clients.defenses.model.network import classifier, replace
 from fedsim.attack import Paper, ToyCase
 from fedsim.data import DataSpec
 from fedsim.defense import Batch, ClientContext, Defense, Place, Rank, Tensors
 from fedsim.models import build_model
+from fedsim.penalized import Penalized, penalized_loss
 from fedsim.registry import Expression, register
 
 PART = "bottleneck"
