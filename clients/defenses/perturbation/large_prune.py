@@ -66,6 +66,7 @@ class LargePrune(Defense):
         "large-prune(ratio=0.05)",
         "large-prune(ratio=0.2)",
     )
+    adversary: ClassVar[str] = "bayes(iterations=200, tv=0.01, defense='prune')"
 
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.05
     feedback: bool = False
