@@ -223,7 +223,8 @@ class Defense:
     toy: ClassVar[ToyCase]
     #: Expressions of it at three strengths, the weakest first, with the clip that it needs, if any.
     strengths: ClassVar[tuple[str, ...]] = ()
-    #: The strongest attack there is on it that knows of it; "" where it is none but the usual.
+    #: The strongest attack there is on it that knows of it, and of the middle of the strengths; ""
+    #: where it is none but the usual.
     adversary: ClassVar[str] = ""
     #: Whether this defense must change uploads; a detector or a data defense need not.
     changes_upload: ClassVar[bool] = True

@@ -195,7 +195,7 @@ class Parts:
         ScenarioError
             If the first view cannot be read, or its arrays are not of its model.
         """
-        name = self.scenario.model.name
+        name = self.architecture
         model = initial_model(name, self.spec, self.scenario.seed).to(self.dtype)
         if len(views) and (first := views[0]).model == name:
             try:

@@ -8,17 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clients.defenses.model.network import penalized_loss
 from clients.trainer import step_gradient, trainable, upload_transformed
 from fedsim import seeds
 from fedsim.data import DataSpec, Split, load_dataset
 from fedsim.defense import ClientContext, Defense, Tensors
 from fedsim.models import initial_model, travelling
+from fedsim.penalized import penalized_loss
 from fedsim.threat import Knowledge
 from fedsim.view import ServerView
 from strategies.attacks.optimization.basic.inverting_gradients import InvertingGradients
-from strategies.attacks.optimization.gradients import BatchGradients
-from strategies.attacks.optimization.parametrizations import Candidate
 from tests.clients.one_update import context
 from tests.strategies.passive.honest import Honest
 
@@ -48,13 +46,13 @@ class Sent:
     upload: Tensors
     ctx: ClientContext
 
-    def view(self, *without: str) -> ServerView:
-        """Return what the server sees, or all but the parameters with these parts in their names.
+    def view(self) -> ServerView:
+        """Return what the server sees.
 
         The wrapped model's own parameters stand in for what the server sent where names are equal.
         """
-        kept = {n: t for n, t in self.upload.items() if not any(part in n for part in without)}
-        return ServerView(1, (0,), self.expression, travelling(self.shared), kept, "gradient")
+        sent = travelling(self.shared)
+        return ServerView(1, (0,), self.expression, sent, self.upload, "gradient")
 
 
 def sent(
@@ -84,14 +82,13 @@ def inverted(
 ) -> Tensor:
     """Return what Inverting Gradients makes of an upload, some parameters left out of the match.
 
-    It knows the labels, and that the clients' loss has what the modules of the network add to it.
+    It knows the labels.
     """
     client = replace(Honest(seen.expression, spec()), dtype=torch.float64)
-    view = seen.view(*without)
+    view = seen.view()
     known = client.knowledge("B", len(labels), labels={view.label: labels})
-    attack = InvertingGradients(iterations=iterations, tv=tv, labels="oracle")
-    with seeds.seeded_globals(0), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BatchGradients, "__call__", _with_penalties)
+    attack = InvertingGradients(iterations=iterations, tv=tv, labels="oracle", without=without)
+    with seeds.seeded_globals(0):
         return attack.reconstruct([view], known).examples
 
 
@@ -140,12 +137,3 @@ def jointly(
         falling.step()
         images.data.clamp_(0, 1)
     return images.detach()
-
-
-def _with_penalties(
-    self: BatchGradients, candidate: Candidate
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Do as BatchGradients does for a single target, with the clients' own loss."""
-    loss = penalized_loss(self.model, (candidate.images[0], candidate.labels[0]))
-    found = torch.autograd.grad(loss, self.wanted, create_graph=True, materialize_grads=True)
-    return list(found), []

@@ -95,15 +95,15 @@ def test_no_fully_connected_layer_no_bottleneck():
 
 @pytest.mark.slow
 def test_leaving_the_stochastic_layers_out_finds_the_image(monkeypatch: pytest.MonkeyPatch):
-    """What the attacker matches: everything; what stands before the bottleneck, without noise."""
+    """What the attacker matches: everything; what stands before the bottleneck."""
     truth = [images_of(1, seed) for seed in range(4)]
     seen = [sent(Precode(), SMALL, *pair, draw=i) for i, pair in enumerate(truth)]
     perturbed = [sent(Precode(upstream_std=0.05), SMALL, *p, draw=i) for i, p in enumerate(truth)]
     whole = [inverted(s, y) for s, (_, y) in zip(seen, truth, strict=True)]
-    monkeypatch.setattr(precode, "drawn_from", lambda mean, std: mean)
-    undefended = [inverted(sent(Precode(), SMALL, *p), p[1]) for p in truth]
     part = [inverted(s, y, "fc.") for s, (_, y) in zip(seen, truth, strict=True)]
     noisy = [inverted(s, y, "fc.") for s, (_, y) in zip(perturbed, truth, strict=True)]
+    monkeypatch.setattr(precode, "drawn_from", lambda mean, std: mean)
+    undefended = [inverted(sent(Precode(), SMALL, *p), p[1]) for p in truth]
     images = torch.cat([x for x, _ in truth])
     named = {"whole": whole, "before": part, "before, perturbed": noisy, "no noise": undefended}
     found = {name: psnr(images, torch.cat(made)).mean().item() for name, made in named.items()}

@@ -6,6 +6,8 @@ from torch import nn
 
 from clients.defenses.perturbation.soteria import Soteria, scores
 from tests.clients.a_step import a_step, few_images, small_model
+from tests.clients.model_side import images_of, inverted, sent
+from tests.strategies.passive.honest import psnr
 
 
 @pytest.mark.parametrize("share", [0.1, 0.2, 0.4, 0.6, 1.0])
@@ -64,3 +66,14 @@ def test_running_statistics_do_not_move() -> None:
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     Soteria().transform_gradient(gradient, ctx)
     assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
+
+
+def test_who_leaves_the_layer_out_finds_the_image() -> None:
+    """Balunovic et al.: the defended layer gets no weight, and the others are the true gradient."""
+    images, labels = images_of(1)
+    seen = sent(Soteria(share=0.9), "convnet(width=8)", images, labels)
+    whole = inverted(seen, labels, iterations=150)
+    part = inverted(seen, labels, "fc.", iterations=150)
+    found = {"whole": psnr(images, whole).item(), "without": psnr(images, part).item()}
+    print(found)
+    assert found["without"] > found["whole"] + 5

@@ -96,6 +96,14 @@ def test_a_capture_outlives_the_file_its_model_began_with(tmp_path: Path) -> Non
     assert not torch.equal(next(at_first.parameters()), next(sent.parameters()))
 
 
+def test_a_capture_is_of_the_network_that_defenses_made(tmp_path: Path) -> None:
+    changes = {**NORMED, "model.name": "convnet(stride=2, width=4)", "threat-model": "B"}
+    changes |= {"attack": "inverting-gradients(iterations=2)", "defenses": "precode(bottleneck=8)"}
+    folder = run_inline(scenario(tmp_path, changes), "a test").parent
+    cli.attack(folder, "inverting-gradients(iterations=2, without=['bottleneck', 'fc.layer'])")
+    assert (folder / "attacks").is_dir()
+
+
 def test_a_view_whose_arrays_are_not_of_its_model_is_named(tmp_path: Path) -> None:
     ran = federated(tmp_path, {"attack": "linear-inversion"})
     view = ran.views[0]

@@ -81,6 +81,10 @@ class AdaptiveNoiseDP(Accounted):
         "adaptive-noise-dp(norm=0.1, sigma=0.1)",
         "adaptive-noise-dp(norm=0.1, sigma=2.0)",
     )
+    # The first round: 2 C times sigma.
+    adversary: ClassVar[str] = (
+        "bayes(iterations=200, tv=0.1, defense='clip(norm=0.1) | gaussian(std=0.02)')"
+    )
 
     norm: Annotated[float, Field(gt=0)] = 1.0
     sigma: Annotated[float, Field(gt=0)] = 2.0

@@ -55,6 +55,10 @@ class DPSGD(NoisedSum):
         "dp-sgd(norm=1.0, sigma=0.1)",
         "dp-sgd(norm=1.0, sigma=1.0)",
     )
+    # One image a step: the sum's noise and clip are the gradient's.
+    adversary: ClassVar[str] = (
+        "bayes(iterations=200, tv=0.1, defense='clip(norm=1.0) | gaussian(std=0.1)')"
+    )
 
     def clip(self, gradients: Tensors) -> Tensors:
         """Clip over all arrays as one vector."""

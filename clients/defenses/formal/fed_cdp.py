@@ -52,6 +52,8 @@ class FedCDP(NoisedSum):
         "fed-cdp(norm=4.0, sigma=0.1)",
         "fed-cdp(norm=4.0, sigma=6.0)",
     )
+    # One image a step, and no array of its gradient so long as to be clipped.
+    adversary: ClassVar[str] = "bayes(iterations=200, tv=0.1, defense='gaussian(std=0.4)')"
 
     norm: Annotated[float, Field(gt=0)] = 4.0
     sigma: Annotated[float, Field(ge=0)] = 6.0

@@ -61,11 +61,13 @@ class Gaussian(Defense):
         high=14.0,
     )
     rank: ClassVar[Rank] = Rank.NOISE
-    adversary: ClassVar[str] = "bayes(iterations=200, tv=0.01, defense='gaussian')"
     strengths: ClassVar[tuple[str, ...]] = (
         "clip(norm=0.1) | gaussian(std=1e-4)",
         "clip(norm=0.1) | gaussian(std=1e-3)",
         "clip(norm=0.1) | gaussian(std=1e-2)",
+    )
+    adversary: ClassVar[str] = (
+        "bayes(iterations=200, tv=0.1, defense='clip(norm=0.1) | gaussian(std=1e-3)')"
     )
 
     std: Annotated[float, Field(gt=0)] = 1e-3

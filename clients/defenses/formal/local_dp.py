@@ -72,6 +72,10 @@ class LocalDP(Accounted):
         "local-dp(norm=0.1, epsilon=100.0)",
         "local-dp(norm=0.1, epsilon=8.0)",
     )
+    # 2 C times the multiplier of epsilon 100 in one round.
+    adversary: ClassVar[str] = (
+        "bayes(iterations=200, tv=0.1, defense='clip(norm=0.1) | gaussian(std=0.0189)')"
+    )
 
     norm: Annotated[float, Field(gt=0)] = 1.0
     epsilon: Annotated[float, Field(gt=0)] = 8.0

@@ -70,6 +70,8 @@ class LRPerturbation(Defense):
         "lr-perturbation(spread=1.0)",
         "lr-perturbation(spread=1.0, every='step')",
     )
+    # A cosine does not mind one factor for all; the steps are simulated at the scenario's rate.
+    adversary: ClassVar[str] = "inverting-gradients(iterations=200, tv=1e-2, simulate=True)"
 
     spread: Annotated[float, Field(gt=0, le=1)] = 1.0
     every: Literal["round", "step"] = "round"

@@ -1,4 +1,4 @@
-"""Putting a module into any network, and a loss that hears what such modules add to it.
+"""Putting a module into any network.
 
 What was there keeps its names, but for the one layer that gets company.
 """
@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from fedsim.data import DataSpec
-from fedsim.defense import Batch, ClientContext
+from fedsim.defense import ClientContext
 
 
 @dataclass(frozen=True)
@@ -66,36 +65,6 @@ def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put a module in another's place."""
     parent, _, own = name.rpartition(".")
     setattr(model.get_submodule(parent), own, layer)
-
-
-class Penalized(nn.Module):
-    """A module that adds to the training loss."""
-
-    def penalty(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Return the scalar that this module adds, given what it was fed, ``[B, ...]``."""
-        raise NotImplementedError
-
-
-def penalized_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Return mean cross-entropy plus what each :class:`Penalized` module adds."""
-    images, labels = batch
-    added: list[Tensor] = []
-
-    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, Penalized)
-        added.append(layer.penalty(inputs[0], labels))
-
-    hooks = [
-        layer.register_forward_pre_hook(note)
-        for layer in model.modules()
-        if isinstance(layer, Penalized)
-    ]
-    try:
-        loss = cross_entropy(model(images), labels)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return loss + sum(added, torch.zeros_like(loss))
 
 
 def remembered(layer: nn.Module, prefix: str, ctx: ClientContext) -> None:

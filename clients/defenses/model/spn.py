@@ -26,10 +26,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from clients.defenses.model.network import Penalized, classifier, penalized_loss, remembered
+from clients.defenses.model.network import classifier, remembered
 from fedsim import seeds
 from fedsim.attack import Paper, ToyCase
 from fedsim.defense import Batch, ClientContext, Defense, Rank
+from fedsim.penalized import Penalized, penalized_loss
 from fedsim.registry import register
 
 PART = "secret"

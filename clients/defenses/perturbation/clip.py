@@ -57,6 +57,8 @@ class Clip(Defense):
         "clip(norm=0.1)",
         "clip(norm=0.02)",
     )
+    # A cosine does not mind one factor for all.
+    adversary: ClassVar[str] = "inverting-gradients(iterations=200, tv=1e-2)"
 
     norm: Annotated[float, Field(gt=0)] = 1.0
     at: Place = "update"

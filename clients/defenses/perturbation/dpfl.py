@@ -78,6 +78,8 @@ class DPFL(Defense):
         "dpfl(epsilon=100.0)",
         "dpfl(epsilon=10.0)",
     )
+    # Each layer's scale is secret; this is that of a quarter of the budget.
+    adversary: ClassVar[str] = "bayes(iterations=200, tv=0.1, defense='laplace(scale=0.08)')"
 
     epsilon: Annotated[float, Field(gt=0)] = 10.0
     alpha: Annotated[float, Field(gt=0)] = 1.0

@@ -78,6 +78,10 @@ class DualPrune(Defense):
         "dual-prune(k1=0.05, k2=0.75)",
         "dual-prune(k1=0.1, k2=0.8)",
     )
+    # Absolute distance, where an entry came back.
+    adversary: ClassVar[str] = (
+        "bayes(iterations=200, tv=0.1, defense='laplace(scale=0.005) | prune')"
+    )
 
     k1: Annotated[float, Field(gt=0, lt=1)] = 0.05
     k2: Annotated[float, Field(ge=0, lt=1)] = 0.75

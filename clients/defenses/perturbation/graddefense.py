@@ -82,6 +82,8 @@ class GradDefense(Defense):
         "graddefense(perturbed=5)",
         "graddefense(perturbed=10)",
     )
+    # Absolute distance: entries with noise are outliers among those without.
+    adversary: ClassVar[str] = "bayes(iterations=200, tv=0.1, defense='laplace(scale=0.005)')"
 
     slices: Annotated[int, Field(ge=1)] = 10
     perturbed: Annotated[int, Field(ge=1)] = 5

@@ -66,6 +66,10 @@ class LargePrune(Defense):
         "large-prune(ratio=0.05)",
         "large-prune(ratio=0.2)",
     )
+    # Absolute distance, where an entry came back.
+    adversary: ClassVar[str] = (
+        "bayes(iterations=200, tv=0.1, defense='laplace(scale=0.005) | prune')"
+    )
 
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.05
     feedback: bool = False

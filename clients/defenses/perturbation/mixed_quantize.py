@@ -125,6 +125,8 @@ class MixedQuantize(Defense):
         "mixed-quantize",
         "mixed-quantize(formats=['ternary'])",
     )
+    # Absolute distance: what is coarsely rounded are outliers.
+    adversary: ClassVar[str] = "bayes(iterations=200, tv=0.1, defense='laplace(scale=0.005)')"
 
     formats: list[Format] | tuple[Format, ...] = ("int8", "int16", "ternary")
     ranges: list[Range] | tuple[Range, ...] = ("symmetric", "affine")

@@ -86,7 +86,8 @@ class Outpost(Defense):
         "outpost(prune=80.0)",
         "outpost(prune=95.0)",
     )
-    adversary: ClassVar[str] = "bayes(iterations=200, tv=0.01, defense='prune')"
+    # Absolute distance: entries with noise are outliers.
+    adversary: ClassVar[str] = "bayes(iterations=200, tv=0.1, defense='laplace(scale=0.005)')"
 
     beta: Annotated[float, Field(ge=0)] = 0.125
     phi: Percent = 40.0

@@ -85,7 +85,10 @@ class Soteria(Defense):
         "soteria(share=0.6)",
         "soteria(share=0.9)",
     )
-    adversary: ClassVar[str] = "bayes(iterations=200, tv=0.01, defense='prune')"
+    # Absolute distance, where an entry came back.
+    adversary: ClassVar[str] = (
+        "bayes(iterations=200, tv=0.1, defense='laplace(scale=0.005) | prune')"
+    )
 
     share: Annotated[float, Field(gt=0, le=1)] = 0.6
     layer: str = "last"

@@ -103,6 +103,7 @@ class SoteriaFL(Accounted):
         "soteriafl(std=1e-3)",
         "soteriafl(std=1e-2)",
     )
+    adversary: ClassVar[str] = "bayes(iterations=200, tv=0.01, defense='prune')"
 
     norm: Annotated[float, Field(gt=0)] = 1.0
     std: Annotated[float, Field(gt=0)] = 0.01

@@ -2,7 +2,8 @@
 
 An operator maps candidates to updates, differentiably.  The plain one is the network's gradient
 ``F(x, y) = grad_w mean_b CE(f_w(x_b), y_b)`` for T independent batches under the same weights w:
-restarts of one target and targets of one round share w.  ``torch.func`` maps the gradient over the
+restarts of one target and targets of one round share w.  What modules of the network add to the
+clients' loss is in it (:mod:`fedsim.penalized`).  ``torch.func`` maps the gradient over the
 batches, so that one call serves them all; a single batch takes the plain way, which has less
 overhead.  Either result can be differentiated again.
 """
@@ -13,9 +14,9 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, replace_all_batch_norm_modules_, vmap
-from torch.nn.functional import cross_entropy
+from torch.func import grad, replace_all_batch_norm_modules_, vmap
 
+from fedsim.penalized import penalized_loss
 from strategies.attacks.optimization.convolutions import is_narrow
 from strategies.attacks.optimization.parametrizations import Candidate
 
@@ -42,7 +43,7 @@ class Operator(ABC):
 
 
 class BatchGradients(Operator):
-    """Gradients of mean cross-entropy with respect to the named parameters.
+    """Gradients of the clients' loss with respect to the named parameters.
 
     Parameters
     ----------
@@ -74,7 +75,7 @@ class BatchGradients(Operator):
         if len(images) > 1:
             found, seen = self._each(self._constants, images, labels)
             return list(found.values()), list(seen)
-        loss = cross_entropy(self.model(images[0]), labels[0])
+        loss = penalized_loss(self.model, (images[0], labels[0]))
         gradients = torch.autograd.grad(
             loss, self.wanted, create_graph=True, materialize_grads=True
         )
@@ -89,7 +90,7 @@ class BatchGradients(Operator):
     def _loss_at(
         self, parameters: dict[str, Tensor], images: Tensor, labels: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        loss = cross_entropy(functional_call(self.model, parameters, (images,)), labels)
+        loss = penalized_loss(self.model, (images, labels), parameters)
         return loss, tuple(self._seen[name] for name in self._layers)
 
 

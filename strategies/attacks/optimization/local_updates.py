@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.nn.functional import cross_entropy
+from torch.func import grad, vmap
 
 from fedsim.attack import Setting
+from fedsim.penalized import penalized_loss
 from fedsim.threat import TrainingDetails
 from strategies.attacks.optimization.gradients import Operator, freeze
 from strategies.attacks.optimization.parametrizations import Candidate
@@ -70,7 +70,7 @@ class LocalUpdates(Operator):
         return {name: start - weights[name] for name, start in self._start.items()}
 
     def _loss(self, weights: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(functional_call(self.model, weights, (images,)), labels)
+        return penalized_loss(self.model, (images, labels), weights)
 
 
 def in_order(examples: int, training: TrainingDetails, sets: int = 1) -> list[Tensor]:

@@ -4,10 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
 
 from fedsim.data import DataSpec
+from fedsim.penalized import Penalized
+from fedsim.threat import TrainingDetails
 from strategies.attacks.optimization.gradients import BatchGradients
+from strategies.attacks.optimization.local_updates import LocalUpdates
 from strategies.attacks.optimization.matching import Matching, minimize
 from strategies.attacks.optimization.objectives import Cosine, SquaredDistance
 from strategies.attacks.optimization.optimizers import LBFGS, Adam
@@ -62,6 +66,38 @@ def test_gradients_of_many_batches_are_those_of_each(expression, targets, batchn
         ]
         for row, (image, label) in zip(torch.cat(found, dim=1), pairs, strict=True):
             assert torch.allclose(row, flat_gradient(reference, image, label), atol=1e-10)
+
+
+class Ridge(Penalized):
+    """Passes on what it is fed; the loss grows by half its weighted squares, and by its labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.5], dtype=torch.float64))
+
+    def forward(self, inputs):
+        return inputs
+
+    def penalty(self, inputs, labels):
+        return self.weight.square() @ (0.5 * inputs.square().sum() + labels.sum()).reshape(1)
+
+
+@pytest.mark.parametrize("targets", [1, 3])
+def test_what_a_module_adds_to_the_loss_is_in_the_gradient_and_in_local_training(targets):
+    """By hand, for one parameter that is in the penalty alone: dL/dw = w (|x|^2 + 2 sum y)."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(targets, 2, 1, 2, 2, generator=generator, dtype=torch.float64)
+    labels = torch.arange(2 * targets).reshape(targets, 2) % 4
+    expected = 0.5 * (images.square().sum(dim=(1, 2, 3, 4)) + 2 * labels.sum(dim=1))
+    model = nn.Sequential(Ridge(), nn.Flatten(), nn.Linear(4, 4).double())
+    names = [name for name, _ in model.named_parameters()]
+    (gradient, *_), _ = BatchGradients(model, names)(Candidate(images, labels))
+    assert torch.allclose(gradient.flatten(), expected, atol=1e-12)
+    training = TrainingDetails("weights", 0.1, 2, 1, 0.0, 0.0)
+    (moved, *_), _ = LocalUpdates(model, names, training, [torch.arange(2)])(
+        Candidate(images, labels)
+    )
+    assert torch.allclose(moved.flatten(), 0.1 * expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("tv", [0.0, 0.1])

@@ -125,6 +125,30 @@ def test_it_uses_updates_and_basics_and_is_told_how_far_it_is():
     assert told == sorted(told)
 
 
+def test_what_is_left_out_does_not_matter_to_the_match_but_to_labels():
+    """The last layer replaced by anything that says the same label: the same images, bit by bit."""
+    client = Honest("convnet(width=8)", spec())
+    _, (view,) = captured(client, tiles(), 1, 1)
+    other = {n: 3 * t if n.startswith("fc") else t for n, t in view.received.items()}
+    spoilt = dataclasses.replace(view, received=other)
+    attack = InvertingGradients(iterations=20, without=["fc."])
+    found, same = (attack.reconstruct([v], client.knowledge("B")) for v in (view, spoilt))
+    assert torch.equal(found.examples, same.examples)
+    assert torch.equal(found.labels, same.labels)
+    plain = InvertingGradients(iterations=20)
+    found, differs = (plain.reconstruct([v], client.knowledge("B")) for v in (view, spoilt))
+    assert not torch.equal(found.examples, differs.examples)
+
+
+def test_parts_that_leave_out_nothing_or_everything_are_refused():
+    model = Honest("lenet", spec()).model()
+    with pytest.raises(ValueError, match=r"no parameter's name has 'fcc'; there is: .*fc\.weight"):
+        InvertingGradients(without=["fc", "fcc"]).check(model, "gradient")
+    with pytest.raises(ValueError, match="every parameter"):
+        InvertingGradients(without=["weight", "bias"]).check(model, "gradient")
+    InvertingGradients(without=["fc"]).check(model, "gradient")
+
+
 def test_labels_come_from_the_rule_that_is_named():
     client = Honest("lenet", spec())
     images, labels = batch(tiles(), 2, 0)

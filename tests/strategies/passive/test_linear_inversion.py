@@ -43,6 +43,26 @@ def test_rescaling_never_hides_the_image(factor, seed):
     assert found.labels.tolist() == labels.tolist()
 
 
+def test_all_rows_together_make_up_for_entries_that_were_dropped():
+    """The largest tenth of the layer set to zero: whole rows are gone, and pixels of others."""
+    client = Honest("mlp", spec(), dtype=torch.float64)
+    images, labels = batch(tiles(), 1, 0, torch.float64)
+    view = client.gradient(images, labels)
+    dropped = dict(view.received)
+    for name in ("1.weight", "1.bias"):
+        size = dropped[name].abs()
+        dropped[name] = torch.where(size < size.quantile(0.9), dropped[name], 0.0)
+    pruned = ServerView(1, view.senders, view.model, view.sent, dropped, "gradient")
+    every = LinearInversion(rows="all")
+    for attack, seen, low, high in (
+        (ATTACK, pruned, 0, 30),
+        (every, pruned, 190, 200),
+        (every, view, 190, 200),
+    ):
+        found = attack.reconstruct([seen], client.knowledge("A"))
+        assert low <= psnr(images, found.examples).item() <= high
+
+
 def test_a_batch_gives_the_mean_weighted_by_the_row_s_gradients():
     client = Honest("mlp", spec(), dtype=torch.float64)
     images, labels = batch(tiles(), 4, 3, torch.float64)
@@ -122,10 +142,11 @@ def test_the_figures_of_the_docstring(dtype):
     assert min(figures["gradient"]) > (150 if dtype == torch.float32 else 199)
 
 
-def test_a_vanished_layer_gives_no_candidate_and_says_so():
+@pytest.mark.parametrize("rows", ["largest", "all"])
+def test_a_vanished_layer_gives_no_candidate_and_says_so(rows):
     client = Honest("mlp", spec())
     view = rescaled(client.gradient(*batch(tiles(), 1, 0)), 0.0)
-    found = ATTACK.reconstruct([view], client.knowledge("A"))
+    found = LinearInversion(rows=rows).reconstruct([view], client.knowledge("A"))
     assert len(found.examples) == 0
     assert any("round-1-client-0" in line for line in found.receipts)
 

@@ -18,6 +18,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ from strategies.attacks.labels.idlg import negative_class
 @register("attack", "linear-inversion")
 @dataclass(frozen=True, kw_only=True)
 class LinearInversion(Attack):
-    """Recover ``x = dW_i / db_i`` from the row with the largest ``|db_i|``, in float64.
+    """Recover ``x = dW_i / db_i`` from the row with the largest ``|db_i|``, or all, in float64.
 
     Threat model A.  Cost: one division.  One candidate for each view, with the label that the
     sign of the last layer's bias gradient gives (exact for one example).  The score is the share
@@ -43,6 +44,9 @@ class LinearInversion(Attack):
     ----------
     layer : str or None
         Name of the fully connected layer; None takes the first one that reads the pixels.
+    rows : {"largest", "all"}
+        The row with the largest ``|db_i|``, or the least squares of all of them, pixel by pixel,
+        over what did not come back as 0: for clients who drop the largest entries.
     """
 
     paper = Paper(
@@ -74,6 +78,7 @@ class LinearInversion(Attack):
     )
 
     layer: str | None = None
+    rows: Literal["largest", "all"] = "largest"
 
     def check(self, model: nn.Module, kind: str) -> None:  # noqa: ARG002
         """Refuse a model without a biased fully connected layer on the pixels."""
@@ -86,7 +91,7 @@ class LinearInversion(Attack):
         for index, view in enumerate(views):
             model = knowledge.model(view)
             shape = _shape(model)
-            found = _ratio(view, reading_layer(model, self.layer))
+            found = _ratio(view, reading_layer(model, self.layer), self.rows)
             knowledge.progress(index + 1, len(views), "")
             if found is None:
                 receipts.append(f"{view.label}: no row of the first layer can be divided")
@@ -95,13 +100,14 @@ class LinearInversion(Attack):
             scores.append(found[1])
             indices.append(index)
             labels.append(negative_class(view, model))
+        divided = "one row" if self.rows == "largest" else "all rows"
         return Reconstruction(
             examples=torch.stack(examples).clamp(0, 1) if examples else torch.empty(0, *shape),
             views=torch.tensor(indices, dtype=torch.int64),
             labels=torch.tensor(labels, dtype=torch.int64),
             scores=torch.tensor(scores, dtype=torch.float64),
             cost=Cost(),
-            receipts=(f"divided one row for each of {len(examples)} views", *receipts),
+            receipts=(f"divided {divided} for each of {len(examples)} views", *receipts),
         )
 
 
@@ -162,17 +168,29 @@ def _linear_inputs(model: nn.Module) -> list[tuple[str, Tensor]]:
     return seen
 
 
-def _ratio(view: ServerView, layer: ReadingLayer) -> tuple[Tensor, float] | None:
+def _ratio(view: ServerView, layer: ReadingLayer, rows: str) -> tuple[Tensor, float] | None:
     """Return pixels ``[n]`` and the share of the gradient that they explain, both float64."""
     update = view.update()
     if f"{layer.name}.weight" not in update or f"{layer.name}.bias" not in update:
         return None
     weight = update[f"{layer.name}.weight"].double().cpu()  # [rows, n]
     bias = update[f"{layer.name}.bias"].double().cpu()  # [rows]
-    row = bias.abs().nan_to_num(0, posinf=0).argmax()
-    read = weight[row] / bias[row]
+    if not bias.any():
+        return None
+    read = _of_largest(weight, bias) if rows == "largest" else _of_all(weight, bias)
     if not read.isfinite().all():
         return None
     residual = torch.linalg.norm(weight - torch.outer(bias, read))
     explained = 1 - float(residual / torch.linalg.norm(weight))
     return (read - layer.offset) / layer.scale, max(0.0, explained)
+
+
+def _of_largest(weight: Tensor, bias: Tensor) -> Tensor:
+    row = bias.abs().nan_to_num(0, posinf=0).argmax()
+    return weight[row] / bias[row]
+
+
+def _of_all(weight: Tensor, bias: Tensor) -> Tensor:
+    """Return ``sum_i W_ij b_i / sum_i b_i^2`` over the i whose ``W_ij`` is not 0; 0 for none."""
+    square = torch.where(weight != 0, bias.square()[:, None], 0.0).sum(dim=0)
+    return bias @ weight / torch.where(square == 0, 1.0, square)

@@ -11,6 +11,10 @@ worse the more there are).  With ``simulate`` F is ``w_0 - w_K`` of the client's
 instead, unrolled and differentiated (Sec. 6): every epoch walks the candidates in the same order,
 which is a guess where clients shuffle.  What hides images: large batches, repeated labels, trained
 networks, BatchNorm in train mode, pruning and noise.
+
+``without`` leaves parameters out of the match, for a client who spoils only some: the layer that
+Soteria prunes (Balunovic et al., ICLR 2022), PRECODE's bottleneck and what follows it
+(Scheliga et al. 2023).
 """
 
 from collections.abc import Sequence
@@ -29,7 +33,12 @@ from strategies.attacks.optimization.engine import Recipe, invert, one_gradient
 from strategies.attacks.optimization.gradients import Operator
 from strategies.attacks.optimization.groups import Group
 from strategies.attacks.optimization.local_updates import LocalUpdates, in_order, one_client_each
-from strategies.attacks.optimization.objectives import Cosine
+from strategies.attacks.optimization.objectives import (
+    Cosine,
+    Objective,
+    Weighted,
+    for_each_layer,
+)
 from strategies.attacks.optimization.optimizers import Adam
 from strategies.attacks.optimization.parametrizations import NormalizedPixels
 from strategies.attacks.optimization.priors import TotalVariation
@@ -68,6 +77,9 @@ class InvertingGradients(TakesLabels):
         Label rule expression: ``analytic``, ``idlg`` (one example), ``oracle`` (a grant).
     simulate : bool
         Whether candidates go through the client's local training, not through one step.
+    without : list of str
+        Parts of names of parameters that the match leaves out; labels are read off them all the
+        same.
     """
 
     paper = Paper(
@@ -110,6 +122,7 @@ class InvertingGradients(TakesLabels):
     boxed: bool = True
     labels: str = "analytic"
     simulate: bool = False
+    without: list[str] | tuple[str, ...] = ()
 
     @property
     def required(self) -> frozenset[Capability]:
@@ -123,7 +136,18 @@ class InvertingGradients(TakesLabels):
                 "a gradient is one step, there is no local training to simulate; leave "
                 'simulate=False, or use federation.local = "fedavg(...)"'
             )
+        self._check_left_out(model)
         super().check(model, kind)
+
+    def _check_left_out(self, model: nn.Module) -> None:
+        """Refuse to leave out what is not there, or all there is."""
+        names = [name for name, _ in model.named_parameters()]
+        for part in self.without:
+            if not any(part in name for name in names):
+                there = ", ".join(names)
+                raise ValueError(f"without: no parameter's name has {part!r}; there is: {there}")
+        if all(self._left_out(name) for name in names):
+            raise ValueError("without: it leaves out every parameter; keep some to match")
 
     def check_setting(self, setting: Setting) -> None:
         """Refuse batches too large for the label rule, and to simulate a sum of clients."""
@@ -145,10 +169,21 @@ class InvertingGradients(TakesLabels):
             parametrization=lambda group: NormalizedPixels(
                 group.spec, group.known_labels, group.observed.dtype, boxed=self.boxed
             ),
-            objective=lambda group: Cosine(group.observed),
+            objective=self._cosine,
             priors=lambda group: [TotalVariation(self.tv, group.spec.std)] if self.tv else [],
             optimizer=lambda _: Adam(self.lr, signed=self.signed, schedule=ig_steps),
             iterations=self.iterations,
             restarts=self.restarts,
         )
         return invert(views, knowledge, recipe)
+
+    def _cosine(self, group: Group) -> Objective:
+        """Return the cosine over all parameters, or over those that are not left out."""
+        if not self.without:
+            return Cosine(group.observed)
+        kept = [0.0 if self._left_out(name) else 1.0 for name in group.names]
+        scale = for_each_layer(kept, group.sizes, group.observed)
+        return Weighted(Cosine, group.observed, scale)
+
+    def _left_out(self, name: str) -> bool:
+        return any(part in name for part in self.without)

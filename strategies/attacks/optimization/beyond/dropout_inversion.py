@@ -24,11 +24,11 @@ from typing import Annotated, Any, Self
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.nn.functional import cross_entropy
+from torch.func import grad, vmap
 
 from fedsim.attack import Paper, Reconstruction, Setting, ToyCase
 from fedsim.data import DataSpec
+from fedsim.penalized import penalized_loss
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
@@ -281,7 +281,7 @@ class MaskedGradients(Operator):
         masks: Sequence[Tensor],
     ) -> Tensor:
         self._masks = {layer.name: mask for layer, mask in zip(self.layers, masks, strict=True)}
-        return cross_entropy(functional_call(self.model, parameters, (images,)), labels)
+        return penalized_loss(self.model, (images, labels), parameters)
 
 
 class DropoutRate(ActivationPrior):

@@ -23,10 +23,10 @@ from typing import Annotated, Self
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.nn.functional import cross_entropy
+from torch.func import grad, vmap
 
 from fedsim.attack import Paper, Reconstruction, ToyCase
+from fedsim.penalized import penalized_loss
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
@@ -79,7 +79,7 @@ class SurrogateGradients(Operator):
         return gradients
 
     def _loss(self, weights: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(functional_call(self.model, weights, (images,)), labels)
+        return penalized_loss(self.model, (images, labels), weights)
 
     def take(self, rows: Tensor) -> Self:
         """Return the operator of some of the targets."""
