@@ -140,6 +140,10 @@ class FedKL(Defense):
         "fedkl(key_length=64)",
         "fedkl",
     )
+    adversary: ClassVar[str] = (
+        "joint-inversion(iterations=200, restarts=1, tv=1e-2, rate=3.0, "
+        "defense=\"fedkl(key_length=1, activation='sigmoid')\")"
+    )
 
     key_length: Annotated[int, Field(gt=0)] = 1024
     activation: Activation = "relu"
@@ -150,7 +154,10 @@ class FedKL(Defense):
 
     def wrap_model(self, model: nn.Module, ctx: ClientContext) -> nn.Module:
         """Put in the client's own lock and key."""
-        name = next(n for n, _ in model.named_modules() if n.rpartition(".")[2] == PART)
+        names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == PART]
+        if not names:
+            raise ValueError("the network has no room for a lock: it is not one that fedkl shares")
+        name = names[0]
         block = model.get_submodule(name.rpartition(".")[0])
         weight = next(block.parameters())
         with seeds.seeded_globals(ctx.secret(self.name)):

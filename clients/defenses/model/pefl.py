@@ -164,6 +164,9 @@ class PEFL(Defense):
         "pefl",
         "pefl(private=True)",
     )
+    adversary: ClassVar[str] = (
+        "joint-inversion(defense='pefl(private=True)', iterations=200, restarts=1, tv=1e-2)"
+    )
 
     factors: Factors = 2
     private: bool = False

@@ -22,9 +22,9 @@ The server's accuracy is that of the public part alone, without any client's bra
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
 from clients.defenses.model.network import classifier, remembered
 from fedsim import seeds
@@ -61,7 +61,8 @@ class Branch(Penalized):
         """Return ``weight * L_P``; soft labels count as their likeliest class."""
         private = self.layer(inputs)
         own = labels if labels.ndim == 1 else labels.argmax(dim=1)
-        code = 2 * one_hot(own, private.shape[1]) - 1
+        classes = torch.arange(private.shape[1], device=private.device)
+        code = 2 * (own.unsqueeze(1) == classes).to(private) - 1
         short: Tensor = (self.margin - code * private).relu()
         return self.weight * short.sum(dim=1).mean()
 
@@ -113,6 +114,7 @@ class SPN(Defense):
         "spn",
         "spn(polarization=10.0)",
     )
+    adversary: ClassVar[str] = "joint-inversion(defense='spn', iterations=200, restarts=1, tv=1e-2)"
 
     polarization: Annotated[float, Field(ge=0)] = 1.0
     margin: Annotated[float, Field(gt=0)] = 1.0

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from math import prod
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -51,6 +51,23 @@ class Parametrization(ABC):
     def take(self, rows: Tensor) -> Self:  # noqa: ARG002
         """Return the parametrization of some of the targets."""
         return self
+
+
+class Signed(torch.autograd.Function):
+    """The identity, whose slope is handed back as its sign.
+
+    For pixels that take signed steps beside variables that do not.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> Tensor:  # noqa: ARG004
+        """Return the images."""
+        return images.clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:  # noqa: ARG004
+        """Return the sign."""
+        return slope.sign()
 
 
 class NormalizedPixels(Parametrization):

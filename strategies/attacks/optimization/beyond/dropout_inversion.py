@@ -19,7 +19,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 import torch
 from pydantic import Field
@@ -38,7 +38,7 @@ from strategies.attacks.optimization.engine import Recipe, invert
 from strategies.attacks.optimization.gradients import Operator, freeze
 from strategies.attacks.optimization.objectives import Cosine
 from strategies.attacks.optimization.optimizers import Adam
-from strategies.attacks.optimization.parametrizations import Candidate, NormalizedPixels
+from strategies.attacks.optimization.parametrizations import Candidate, NormalizedPixels, Signed
 from strategies.attacks.optimization.priors import TotalVariation
 from strategies.attacks.optimization.schedules import ig_steps
 
@@ -167,20 +167,6 @@ def masked(model: nn.Module) -> list[Masked]:
     for hook in hooks:
         hook.remove()
     return found
-
-
-class Signed(torch.autograd.Function):
-    """The identity, whose slope is handed back as its sign."""
-
-    @staticmethod
-    def forward(ctx: Any, images: Tensor) -> Tensor:  # noqa: ARG004
-        """Return the images."""
-        return images.clone()
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> Tensor:  # noqa: ARG004
-        """Return the sign."""
-        return slope.sign()
 
 
 class PixelsAndMasks(NormalizedPixels):
