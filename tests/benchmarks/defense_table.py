@@ -1,12 +1,13 @@
 """Each defense against fixed attacks and the one that knows of it: docs/methods/defenses.md.
 
     FEDSIM_TEST_DATA=... python tests/benchmarks/defense_table.py [--only NAME ...]
-        [--out runs/defenses] [--page docs/methods/defenses.md]
+        [--finished] [--out runs/defenses] [--page docs/methods/defenses.md]
 
 The same 64 CIFAR-10 images for all (training images 0, 100 ... 6300).  Passive attacks get one
 image a client, from 64 clients; an imprint gets 8 images from each of 8.  Accuracy is of a
 federation of its own: 8 clients, 4,000 images, ten rounds.  Finished cells are kept in ``--out``,
 one file each, so that the command goes on where it stopped; delete them when a method changes.
+``--finished`` draws the rows that have all theirs, and runs nothing.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from defense_rows import Row, cifar, measured, rows
+from defense_rows import NotRunError, Row, cifar, measured, rows
 
 from fedsim import registry
 from fedsim.attack import Manipulation
@@ -43,8 +44,20 @@ ATTACKS: dict[str, dict[str, Any]] = {
         "federation.local": "fedsgd(batch_size=8, lr=0.1)",
     },
 }
-# Several local steps, for what one step does not show.
-STEPS = "fedavg(epochs=3, batch_size=1, lr=0.01)"
+# What is tried where a defense cannot be put in place, or refuses what its client holds.
+VARIATIONS: dict[str, dict[str, Any]] = {
+    "": {},
+    " (three steps)": {"federation.local": "fedavg(epochs=3, batch_size=1, lr=0.01)"},
+    " (train mode)": {"model.batchnorm": "private"},
+    " (8 a client)": {
+        "federation.clients": 8,
+        "federation.local": "fedsgd(batch_size=8, lr=0.1)",
+    },
+    " (32 a client)": {
+        "federation.clients": 2,
+        "federation.local": "fedsgd(batch_size=32, lr=0.1)",
+    },
+}
 TRAINING = {
     "title": "accuracy",
     "model.name": "convnet(stride=2)",
@@ -60,9 +73,11 @@ at PSNR 20 dB, mean PSNR in dB, mean SSIM, and labels rightly named. `ratio`: `l
 an `mlp`, one image a client. `matching`: `inverting-gradients`, 200 iterations, on a `convnet`, one
 image a client. `imprint`: `robbing-the-fed` with 128 bins before a `convnet`, 8 images from each
 of 8 clients. `adaptive`: the attack that knows of the defense, where one is named. Accuracy: ten
-rounds of 8 clients with 4,000 images, and the seconds and bytes sent up of these rounds. "three
-steps": it has no effect on one, and clients took three. LPIPS is not computed: its weights were
-not at hand. Seconds are of a machine that did other things too.
+rounds of 8 clients with 4,000 images, and the seconds and bytes sent up of these rounds. In
+parentheses is what was changed where a defense does nothing, or refuses: three local steps, the
+network in train mode, 8 or 32 images a client. "nothing": every client refused, or the attack
+returned nothing. LPIPS is not computed: its weights were not at hand. Seconds are of a machine that
+did other things too; [what a defended round costs](defenses-overhead.md) was measured in turns.
 
 One command: `{command}`.
 
@@ -71,14 +86,14 @@ One command: `{command}`.
 """
 
 
-def cell(row: Row, title: str, out: Path) -> str:
+def cell(row: Row, title: str, out: Path, *, finished: bool) -> str:
     """Return what an attack got from behind a defense."""
     flat = {"title": title, "data.dataset": cifar(out, range(0, 6400, 100), "sixty-four")}
     flat |= ATTACKS[title] | row.keys
-    return told(flat, out)
+    return told(flat, out, finished=finished)
 
 
-def adaptive(row: Row, out: Path) -> str:
+def adaptive(row: Row, out: Path, *, finished: bool) -> str:
     """Return what the attack that knows of a defense got."""
     if not row.adversary:
         return ""
@@ -87,16 +102,26 @@ def adaptive(row: Row, out: Path) -> str:
     active = isinstance(kind, type) and issubclass(kind, Manipulation)
     setting = ATTACKS["imprint"] if active else {**ATTACKS["matching"], "threat-model": "E"}
     flat |= setting | row.keys | {"attack": row.adversary}
-    return f"`{row.adversary}`: {told(flat, out)}"
+    return f"`{row.adversary}`: {told(flat, out, finished=finished)}"
 
 
-def told(flat: dict[str, Any], out: Path) -> str:
-    """Run, with several local steps where one is refused, and tell the figures."""
-    note, report = "", measured(flat, out, COMMAND)
-    if "refused" in report and flat["federation.local"].startswith("fedsgd"):
-        note = " (three steps)"
-        steps = measured({**flat, "federation.local": STEPS}, out, COMMAND)
-        report = report if "refused" in steps else steps
+def varied(
+    flat: dict[str, Any], out: Path, command: str, *, finished: bool = False
+) -> tuple[dict[str, Any], str]:
+    """Return the report of the first variation that leaks or could, and which it was."""
+    first = None
+    for note, changes in VARIATIONS.items():
+        report = measured({**flat, **changes}, out, command, finished=finished)
+        if "refused" not in report and report["leak"]:
+            return report, note
+        first = first or report
+    assert first is not None
+    return first, ""
+
+
+def told(flat: dict[str, Any], out: Path, *, finished: bool) -> str:
+    """Run, and tell the figures."""
+    report, note = varied(flat, out, COMMAND, finished=finished)
     if "refused" in report:
         return f"refused: {report['refused'].split(';')[0]}"
     leak = report["leak"]
@@ -108,10 +133,21 @@ def told(flat: dict[str, Any], out: Path) -> str:
     return figures + named + note
 
 
-def accuracy(row: Row, out: Path) -> tuple[str, str, str]:
+def trained(
+    flat: dict[str, Any], out: Path, command: str, *, finished: bool = False
+) -> dict[str, Any]:
+    """Return the report of a federation that only trains, in train mode where it has to be."""
+    report = measured(flat, out, command, finished=finished)
+    if "refused" in report:
+        changes = VARIATIONS[" (train mode)"]
+        report = measured({**flat, **changes}, out, command, finished=finished)
+    return report
+
+
+def accuracy(row: Row, out: Path, *, finished: bool) -> tuple[str, str, str]:
     """Return accuracy, seconds and megabytes sent up of a federation that only trains."""
     flat = TRAINING | row.keys | {"data.dataset": cifar(out, range(4000), "four-thousand")}
-    report = measured(flat, out, COMMAND)
+    report = trained(flat, out, COMMAND, finished=finished)
     if "refused" in report:
         return f"refused: {report['refused'].split(';')[0]}", "", ""
     found = report["federation"]
@@ -119,12 +155,17 @@ def accuracy(row: Row, out: Path) -> tuple[str, str, str]:
     return f"{after:.3f}", f"{found['seconds']:.0f}", f"{up:.0f}"
 
 
-def page(chosen: list[Row], out: Path) -> str:
-    """Return the page."""
+def page(chosen: list[Row], out: Path, *, finished: bool) -> str:
+    """Return the page; without the rows that are not there, where only what is finished counts."""
     lines = []
     for row in chosen:
-        attacked = [cell(row, title, out) for title in ATTACKS]
-        cells = [f"`{row.expression}`", *attacked, adaptive(row, out), *accuracy(row, out)]
+        try:
+            cells = [f"`{row.expression}`"]
+            cells += [cell(row, title, out, finished=finished) for title in ATTACKS]
+            cells.append(adaptive(row, out, finished=finished))
+            cells += accuracy(row, out, finished=finished)
+        except NotRunError:
+            continue
         lines.append("| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |")
     return HEAD.format(command=COMMAND) + "\n".join(lines) + "\n"
 
@@ -133,13 +174,14 @@ def main() -> None:
     """Fill every cell that is not there yet, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--only", nargs="+", default=None)
+    parser.add_argument("--finished", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/defenses"))
     parser.add_argument("--page", type=Path, default=Path("docs/methods/defenses.md"))
     given = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.ERROR)
     given.out.mkdir(parents=True, exist_ok=True)
     chosen = [row for row in rows() if given.only is None or row.name in given.only]
-    given.page.write_text(page(chosen, given.out.absolute()))
+    given.page.write_text(page(chosen, given.out.absolute(), finished=given.finished))
 
 
 if __name__ == "__main__":

@@ -15,10 +15,9 @@ import logging
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from defense_rows import NotRunError, Row, cifar, measured, rows
-from defense_table import ATTACKS, STEPS, TRAINING
+from defense_rows import NotRunError, Row, cifar, rows
+from defense_table import ATTACKS, TRAINING, trained, varied
 
 from fedsim.report.tradeoff import Point, tradeoff_figure
 
@@ -55,11 +54,9 @@ class Cells:
         found: list[tuple[float, str]] = []
         for title in self.attacks:
             flat = {"title": title, "data.dataset": small, **ATTACKS[title], **row.keys}
-            for local in (flat["federation.local"], STEPS):
-                report = self._measured({**flat, "federation.local": local})
-                if "refused" not in report:
-                    found.append((report["leak"]["leak_rate"] if report["leak"] else 0.0, title))
-                    break
+            report, _ = varied(flat, self.out, COMMAND, finished=self.finished)
+            if "refused" not in report:
+                found.append((report["leak"]["leak_rate"] if report["leak"] else 0.0, title))
         return max(found, default=None)
 
     def accuracy(self, row: Row, data: str, partition: str) -> float | None:
@@ -68,11 +65,8 @@ class Cells:
         if data == "cifar10":
             many = cifar(self.out, range(4000), "four-thousand")
         flat = TRAINING | row.keys | {"data.dataset": many} | PARTITIONS[partition]
-        report = self._measured(flat)
+        report = trained(flat, self.out, COMMAND, finished=self.finished)
         return None if "refused" in report else report["federation"]["accuracy"]["after"]
-
-    def _measured(self, flat: dict[str, Any]) -> dict[str, Any]:
-        return measured(flat, self.out, COMMAND, finished=self.finished)
 
 
 def section(cells: Cells, data: str, partitions: list[str], chosen: list[Row], page: Path) -> str:
