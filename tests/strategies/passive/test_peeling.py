@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from fedsim.models import build_model
 from fedsim.view import ServerView
+from strategies.attacks.analytic.closed_form import peeling
 from strategies.attacks.analytic.closed_form.peeling import Peeling
 from tests.strategies.passive.honest import Honest, batch, cifar10, matched_psnr, spec, tiles
 
@@ -29,22 +31,42 @@ def alone(honest: Honest, images, labels) -> int:
     return int(active[:, active.sum(dim=0) == 1].any(dim=1).sum())
 
 
-@pytest.mark.parametrize(("units", "size"), [(128, 8), (200, 16), (200, 24), (400, 32)])
-@pytest.mark.parametrize("normalize", [False, True])
+def matched(found, images) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which image each candidate is, and how far it is from it (L2)."""
+    apart = torch.cdist(found.examples.flatten(1).double(), images.flatten(1).double())
+    return apart.argmin(dim=1), apart.min(dim=1).values
+
+
+@pytest.mark.parametrize(
+    ("units", "size", "normalize"),
+    [(128, 8, False), (200, 16, False), (200, 24, False), (400, 32, False), (400, 8, True)],
+)
 def test_no_fewer_than_stand_alone_and_each_exactly(units: int, size: int, normalize: bool):
     honest = client(units, normalize=normalize)
     images, labels = batch(tiles(), size, 0, torch.float64)
     found = peeled(honest, images, labels)
     least = alone(honest, images, labels)
     print(f"{units} units, {size} images: {least} alone, {len(found.labels)} found")
-    assert len(found.labels) >= least
-    if len(found.labels):
-        apart = torch.cdist(found.examples.flatten(1), images.flatten(1))
-        assert apart.min(dim=1).values.max() < 1e-5
-        nearest = apart.argmin(dim=1)
-        assert len(nearest.unique()) == len(nearest)
-        assert found.labels.equal(labels[nearest])
-        assert found.scores.min() > 1 - 1e-6
+    assert len(found.labels) >= least > 0
+    which, off = matched(found, images)
+    assert off.max() < 1e-5
+    assert len(which.unique()) == len(which)
+    assert found.labels.equal(labels[which])
+    assert found.scores.min() > 1 - 1e-6
+
+
+@pytest.mark.parametrize(
+    ("units", "size", "precision"),
+    [(128, 120, torch.float32), (256, 255, torch.float32), (200, 24, torch.float64)],
+)
+def test_what_it_returns_is_there_however_full_the_layer_is(units, size, precision):
+    """Near as many examples as units any mixture comes close to the span; none may pass."""
+    honest = client(units, precision)
+    images, labels = batch(tiles(), size, 2, precision)
+    found = peeled(honest, images, labels)
+    which, off = matched(found, images)
+    assert (off < 0.1).all()
+    assert len(which.unique()) == len(which)
 
 
 def test_it_goes_on_where_linear_inversion_ends():
@@ -75,31 +97,55 @@ def test_clipping_costs_nothing():
     assert matched_psnr(images, found.examples).min() > 120
 
 
-def test_two_of_the_same_image_and_noise_are_no_reason_to_guess():
-    honest = client(128)
+def test_an_image_that_is_there_twice_comes_back_twice_and_hides_nobody():
+    honest = client(200)
     images, labels = batch(tiles(), 4, 0, torch.float64)
-    twice, same = images[[0, 0, 1, 2]], labels[[0, 0, 1, 2]]
-    found = peeled(honest, twice, same)
-    apart = torch.cdist(found.examples.flatten(1), twice.flatten(1)).min(dim=1).values
-    assert (apart < 1e-5).all()
+    twice = [0, 0, 1, 1, 2, 3]
+    found = peeled(honest, images[twice], labels[twice])
+    which, off = matched(found, images)
+    assert off.max() < 1e-5
+    assert sorted(which.tolist()) == twice
+
+
+@pytest.mark.parametrize(("std", "most"), [(1e-7, 16), (1e-6, 16), (1e-3, 0)])
+def test_noise_is_no_reason_to_guess_or_to_count_twice(std: float, most: int):
+    honest = client(400)
+    images, labels = batch(tiles(), 16, 0, torch.float64)
     view = honest.gradient(images, labels)
     noise = torch.Generator().manual_seed(0)
     noisy = {
-        name: tensor + 1e-3 * torch.randn(tensor.shape, generator=noise).to(tensor)
+        name: tensor + std * torch.randn(tensor.shape, generator=noise).to(tensor)
         for name, tensor in view.received.items()
     }
     spoiled = ServerView(1, view.senders, view.model, view.sent, noisy, view.kind)
-    assert len(peeled(honest, images, labels, spoiled).labels) == 0
+    found = peeled(honest, images, labels, spoiled)
+    assert len(found.labels) <= most
+    if most:
+        which, off = matched(found, images)
+        assert len(which) > 4
+        assert len(which.unique()) == len(which)
+        assert off.max() < 3
 
 
-@pytest.mark.parametrize("kind", ["weights", "gradient"])
-def test_it_refuses_weights_and_networks_that_do_not_begin_with_such_a_layer(kind: str):
-    honest = client(64) if kind == "weights" else Honest("lenet", spec())
-    images, labels = batch(tiles(), 1, 0)
-    view = honest.gradient(images, labels)
-    model = honest.knowledge("B", 1).model(view)
-    with pytest.raises(ValueError, match="fedsgd" if kind == "weights" else "fully connected"):
-        Peeling().check(model, kind)
+def test_gradients_are_computed_a_few_units_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    honest = client(128)
+    images, labels = batch(tiles(), 8, 0, torch.float64)
+    whole = peeled(honest, images, labels)
+    monkeypatch.setattr(peeling, "AT_ONCE", 5 * 128 * 10)
+    assert peeled(honest, images, labels).examples.allclose(whole.examples, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("network", "kind", "said"),
+    [
+        ("mlp(hidden=[64])", "weights", "fedsgd"),
+        ("lenet", "gradient", "fully connected"),
+        ("mlp(hidden=[])", "gradient", "no ReLU"),
+    ],
+)
+def test_it_refuses_weights_and_networks_that_begin_otherwise(network, kind, said):
+    with pytest.raises(ValueError, match=said):
+        Peeling().check(build_model(network, spec()), kind)
 
 
 @pytest.mark.slow
@@ -114,8 +160,10 @@ def test_shares_of_large_batches(size: int, precision: torch.dtype):
             honest = client(1000, precision)
             found = peeled(honest, images, labels)
             apart = torch.cdist(images.flatten(1).double(), found.examples.flatten(1).double())
-            near = apart / images[0].numel() ** 0.5 < 1e-3  # 60 dB
+            near = apart / images[0].numel() ** 0.5 < 1e-2  # 40 dB
             shares.append(near.any(dim=1).double().mean().item())
             singles.append(alone(honest, images, labels) / size)
+            assert near.any(dim=0).all()  # nobody is returned who is not there
+            assert len(found.labels) == near.any(dim=1).sum()  # nor anybody twice
+            assert shares[-1] >= singles[-1]
         print(f"{name}, batches of {size}, {precision}: {shares}, alone {singles}")
-        assert sum(shares) >= sum(singles)

@@ -11,20 +11,20 @@ would have.  What it verified it subtracts, as ``g x^T / B``, from the gradient:
 examples shared are another's alone now, and it goes on until nothing more is verified.
 Shariati and Meybodi, 2026, for passive servers; the ratio is Phong et al. 2017.
 
-A ratio is verified here if, for one label,
+A ratio is verified here (the paper's own certificate was not read) if, for one label,
 
-- g lies in the span of the columns of dL/dW: that has rank B, so that for ``B < m`` no mixture of
-  examples passes (decided here: the paper's own certificate was not read), and
-- g at its unit is ``dL/db_i`` up to the factor that all such units share: 1/B, or less where the
-  client clipped.
+- g lies in the span of the columns of dL/dW, which has rank B: a mixture of examples does not, as
+  long as more units than B are active; and
+- g at its unit is ``dL/db_i`` up to ``k/B``: k is 1, or how often the example is in the batch.  A
+  client that clipped gave all one smaller factor; three examples that agree on it are believed.
 
 Labels come with the images.  What ends it: a batch in which every unit is shared (large batches,
-images that are alike), noise, and local steps.
+images that are alike), noise, local steps, soft labels, rounding, and sums over clients each of
+which clipped by a factor of its own.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isnan, nan
 from typing import Annotated
 
 import torch
@@ -38,10 +38,18 @@ from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
 from strategies.attacks.analytic.closed_form.linear_inversion import ReadingLayer, reading_layer
 from strategies.attacks.analytic.closed_form.sparse_columns import factorize
-from strategies.attacks.analytic.closed_form.spear import label_slopes
+from strategies.attacks.analytic.closed_form.spear import label_slopes, rectified
 
-# Two verified ratios are the same example if no input differs by more.
-SAME = 1e-3
+# Two verified ratios are of the same example if their g are this parallel.
+PARALLEL = 0.99
+# An example is believed to be there so many times, at most: any number is near some multiple.
+MOST_COPIES = 3
+# So many more units than examples must be active for the span to tell mixtures.
+SPARE = 8
+# So many examples must agree on a factor that clipping left.
+AGREEING = 3
+# Numbers in the gradients that are computed at once, at most.
+AT_ONCE = 2**25
 # Units whose dL/db is this small beside the largest cannot be divided.
 SILENT = 1e-7
 
@@ -59,7 +67,7 @@ class Peeling(Attack):
     ----------
     tolerance : float
         Largest relative error of a verified g, at its unit and outside the span.  float32 uploads
-        want 1e-3; float64 ones stand 1e-8.
+        want 1e-3.
     layer : str or None
         Name of the fully connected layer; None takes the first one that reads the pixels.
     """
@@ -96,8 +104,13 @@ class Peeling(Attack):
     layer: str | None = None
 
     def check(self, model: nn.Module, kind: str) -> None:
-        """Refuse weights, and a model without a biased fully connected layer on the pixels."""
-        reading_layer(model, self.layer)
+        """Refuse weights, and a model that does not read pixels by such a layer and a ReLU."""
+        name = reading_layer(model, self.layer).name
+        if not rectified(model, name):
+            raise ValueError(
+                f"peeling wants units that some examples leave off, and no ReLU is right behind "
+                f"{name!r}; use mlp(hidden=[200]), or cocktail-party"
+            )
         if kind == "weights":
             raise ValueError(
                 "peeling subtracts whole gradients, and weights after local training are none; "
@@ -147,24 +160,33 @@ class Peeling(Attack):
 
 @dataclass
 class Peeled:
-    """Verified examples: inputs of the layer ``[r, n]``, labels, scores and errors ``[r]``, and g.
+    """Ratios that could be examples.
 
-    ``slopes`` is ``[r, m]``: what each would contribute to dL/db.
+    Attributes
+    ----------
+    inputs : Tensor
+        ``[r, n]``: of the layer.
+    labels, scores : Tensor
+        ``[r]``: the likeliest label, and 1 less the share of g outside the span.
+    slopes : Tensor
+        ``[r, m]``: g.
+    shares : Tensor
+        ``[r]``: what g at its unit would have to be multiplied by.
     """
 
     inputs: Tensor
     labels: Tensor
     scores: Tensor
-    errors: Tensor
     slopes: Tensor
+    shares: Tensor
 
     def take(self, rows: Tensor) -> "Peeled":
-        """Return some of the examples."""
+        """Return some of the ratios."""
         return Peeled(*(value[rows] for value in vars(self).values()))
 
     @staticmethod
     def joined(parts: Sequence["Peeled"]) -> "Peeled":
-        """Return all examples of several rounds."""
+        """Return all ratios of several parts."""
         rows = zip(*(vars(part).values() for part in parts), strict=True)
         return Peeled(*(torch.cat(values) for values in rows))
 
@@ -185,8 +207,8 @@ class Batch:
     count : int
         How many examples there are.
     tolerance : float
-    scale : float
-        What each example's own g was multiplied by; nan until one was found.
+    factor : float
+        What an example's own g is multiplied by: 1/B, or less where the client clipped.
     """
 
     model: nn.Module
@@ -196,7 +218,7 @@ class Batch:
     span: Tensor
     count: int
     tolerance: float
-    scale: float = nan
+    factor: float
 
     @classmethod
     def of(
@@ -207,57 +229,84 @@ class Batch:
         names = f"{reading.name}.weight", f"{reading.name}.bias"
         parameters = dict(model.named_parameters())
         zeros = [torch.zeros_like(parameters[name]) for name in names]
-        sums = [
+        weight, bias = (
             update[name].to(zero).nan_to_num(0, 0, 0) if name in update else zero
             for name, zero in zip(names, zeros, strict=True)
-        ]
-        factors = factorize(sums[0], count)
-        span = factors.left / len(sums[0]) ** 0.5
-        return cls(model, reading, sums[0], sums[1], span, count, tolerance)
+        )
+        span = factorize(weight, count).left / len(weight) ** 0.5
+        return cls(model, reading, weight, bias, span, count, tolerance, 1 / count)
 
     def peeled(self) -> tuple[Peeled, int]:
-        """Take away what can be verified until there is nothing more; also count the rounds."""
-        parts, left = [], self.count
-        while left > 0:
-            found = self._alone()
-            parts.append(found := found.take(_each_once(found, self.tolerance)[:left]))
-            if len(found.labels) == 0:
-                break
-            self.weight -= found.slopes.T @ found.inputs
-            self.bias -= found.slopes.sum(dim=0)
-            left -= len(found.labels)
-        return Peeled.joined(parts), len(parts)
+        """Take away what can be verified until there is nothing more; also count the rounds.
 
-    def _alone(self) -> Peeled:
-        """Return the ratio of each unit that could be an image, with its likeliest label."""
-        spec: DataSpec = self.model.spec  # type: ignore[assignment]
+        An example that is there k times is returned k times.
+        """
+        parts, left = [], self.count
+        if int((self.bias != 0).sum()) < self.count + SPARE:  # any mixture could lie in the span
+            left = 0
+        while left > 0:
+            found = self._verified(self._ratios())
+            copies = (found.shares / self.factor).round().long()
+            whole = found.take(torch.arange(len(copies)).repeat_interleave(copies)[:left])
+            parts.append(whole)
+            if len(whole.labels) == 0:
+                break
+            self.weight -= self.factor * whole.slopes.T @ whole.inputs
+            self.bias -= self.factor * whole.slopes.sum(dim=0)
+            left -= len(whole.labels)
+        return Peeled.joined(parts or [self._ratios().take(torch.empty(0).long())]), len(parts)
+
+    def _ratios(self) -> Peeled:
+        """Return the ratio of each unit that is an image and whose g lies in the span."""
         units = (self.bias.abs() > SILENT * self.bias.abs().max()).nonzero().squeeze(1)
         inputs = self.weight[units] / self.bias[units, None]
         pixels = (inputs - self.reading.offset) / self.reading.scale
         image = ((pixels > -self.tolerance) & (pixels < 1 + self.tolerance)).all(dim=1)
         units, inputs, pixels = units[image], inputs[image], pixels[image]
+        spec: DataSpec = self.model.spec  # type: ignore[assignment]
+        size = max(1, AT_ONCE // (spec.num_classes * len(self.bias)))
+        parts = torch.arange(len(units)).chunk(max(1, -(-len(units) // size)))
+        return Peeled.joined([self._in_span(units[p], inputs[p], pixels[p], spec) for p in parts])
+
+    def _in_span(self, units: Tensor, inputs: Tensor, pixels: Tensor, spec: DataSpec) -> Peeled:
+        """Return those of some ratios whose g lies in the span for a label."""
         slopes = label_slopes(self.model, self.reading.name, pixels.view(-1, *spec.shape))
-        each, here = torch.arange(len(units)), self.bias[units]
         beyond = slopes - (slopes @ self.span) @ self.span.T
         size = slopes.norm(dim=2).clamp_min(torch.finfo(slopes.dtype).tiny)
         outside, labels = (beyond.norm(dim=2) / size).min(dim=0)
+        each = torch.arange(len(units))
         slopes = slopes[labels, each]  # [r, m]
-        there = slopes[each, units]
-        if isnan(self.scale):
-            fits = outside < self.tolerance
-            self.scale = float((here[fits] / there[fits]).median())  # nan of none
-        slopes = self.scale * slopes
-        off = (slopes[each, units] - here).abs() / here.abs()
-        return Peeled(inputs, labels, 1 - outside, torch.maximum(off, outside), slopes)
+        shares = self.bias[units] / slopes[each, units]
+        found = Peeled(inputs, labels, 1 - outside, slopes, shares)
+        return found.take((outside < self.tolerance).nonzero().squeeze(1))
+
+    def _verified(self, found: Peeled) -> Peeled:
+        """Return each example once whose share is a whole number of times the common factor."""
+        whole = self._whole(found.shares)
+        if not whole.any() and len(found.shares) >= AGREEING:
+            alike = ((found.shares[:, None] / found.shares - 1).abs() < self.tolerance).sum(dim=1)
+            agreed = float(found.shares[alike.argmax()])
+            examples = found.take((found.shares / agreed - 1).abs() < self.tolerance)
+            if 0 < agreed < self.factor and len(_each_once(examples)) >= AGREEING:
+                self.factor = agreed
+                whole = self._whole(found.shares)
+        found = found.take(whole)
+        return found.take(_each_once(found))
+
+    def _whole(self, shares: Tensor) -> Tensor:
+        """Say which shares are the factor, or a small multiple of it."""
+        times = shares / self.factor
+        copies = times.round()
+        return (
+            (copies >= 1) & (copies <= MOST_COPIES) & ((times / copies - 1).abs() < self.tolerance)
+        )
 
 
-def _each_once(found: Peeled, tolerance: float) -> Tensor:
-    """Return the places of what is verified: of each example that is there, the least error's."""
+def _each_once(found: Peeled) -> Tensor:
+    """Return the places of the best ratio of each example that is there."""
+    unit = found.slopes / found.slopes.norm(dim=1, keepdim=True)
     chosen: list[int] = []
-    for place in found.errors.argsort().tolist():
-        if not found.errors[place] < tolerance:
-            break
-        apart = (found.inputs[chosen] - found.inputs[place]).abs().amax(dim=1)
-        if bool((apart > SAME).all()):
+    for place in found.scores.argsort(descending=True).tolist():
+        if bool((unit[chosen] @ unit[place] < PARALLEL).all()):
             chosen.append(place)
     return torch.tensor(chosen, dtype=torch.int64)

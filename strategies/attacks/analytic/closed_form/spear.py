@@ -110,7 +110,7 @@ class Spear(Attack):
     def check(self, model: nn.Module, kind: str) -> None:  # noqa: ARG002
         """Refuse a model without a fully connected layer on the pixels and a ReLU behind it."""
         name = reading_layer(model, self.layer).name
-        if not _rectified(model, name):
+        if not rectified(model, name):
             raise ValueError(
                 f"the gradient at the outputs of {name!r} is not zero where they are negative: "
                 "spear reads the zeros of a ReLU right behind the layer; use mlp(hidden=[200]), "
@@ -304,7 +304,7 @@ def _through(model: nn.Module, layer: str, images: Tensor) -> tuple[Tensor, Tens
     return kept[0], logits
 
 
-def _rectified(model: nn.Module, layer: str) -> bool:
+def rectified(model: nn.Module, layer: str) -> bool:
     """Say whether the gradient at a layer's outputs is zero just where they are not positive."""
     spec: DataSpec = model.spec  # type: ignore[assignment]
     images = torch.rand(32, *spec.shape, generator=torch.Generator().manual_seed(0)).double()
