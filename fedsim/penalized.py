@@ -1,9 +1,10 @@
 """Modules that add to the clients' training loss, and the loss that hears them.
 
-They are part of the network that server and clients share, and so is what they add: who computes a
-client's gradient from the outside computes it of this loss too.
+They are part of the network that server and clients share, and so is what they add: attacks by
+optimization, and those that learn from gradients, compute a client's gradient of this loss too.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -11,12 +12,12 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 
-class Penalized(nn.Module):
+class Penalized(nn.Module, ABC):
     """A module that adds to the training loss."""
 
+    @abstractmethod
     def penalty(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar that this module adds, given what it was fed, ``[B, ...]``."""
-        raise NotImplementedError
 
 
 def penalized_loss(

@@ -38,9 +38,9 @@ HEAD = """# What defenses cost in accuracy, and what they buy
 Each defense at three strengths (weakest first) where it has a strength. Leak rate: the share of
 64 images that the strongest of these attacks returned at PSNR 20 dB or better: {attacks} (settings:
 [defenses.md](defenses.md)). Accuracy: 8 clients, examples dealt out {partitions} (Dirichlet's alpha
-is 0.5); `digits`: five rounds of one local epoch in batches of 8 at rate 0.1; `cifar10`: 4,000 images,
-ten rounds of one local epoch in batches of 32 at rate 0.05. "refused" under accuracy: the defense
-cannot be put in place, or changes nothing there. Rows that are missing were not run.
+is 0.5); `digits`: five rounds of one local epoch in batches of 8 at rate 0.1; `cifar10`: 4,000
+images, ten rounds of one local epoch in batches of 32 at rate 0.05. "refused" under accuracy: the
+defense cannot be put in place, or changes nothing there. Rows that are missing were not run.
 
 One command: `{command}`.
 """

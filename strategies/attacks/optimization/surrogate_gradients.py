@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.nn.functional import cross_entropy
+from torch.func import grad, vmap
 
 from fedsim.data import Split
+from fedsim.penalized import penalized_loss
 from fedsim.threat import Knowledge
 from fedsim.view import ServerView
 
@@ -106,7 +106,7 @@ def refuse_batch_statistics(model: nn.Module, batchnorm: str) -> None:
 def example_gradients(
     model: nn.Module, names: Sequence[str], split: Split
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield images ``[n, C, H, W]`` and the gradients of their cross-entropy ``[n, P]``, float32.
+    """Yield images ``[n, C, H, W]`` and the gradients of the clients' loss ``[n, P]``, float32.
 
     Parameters
     ----------
@@ -121,8 +121,8 @@ def example_gradients(
     wanted = {name: everything[name] for name in names}
 
     def loss(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        logits = functional_call(model, {**everything, **parameters}, (image.unsqueeze(0),))
-        return cross_entropy(logits, label.unsqueeze(0))
+        one = image.unsqueeze(0), label.unsqueeze(0)
+        return penalized_loss(model, one, {**everything, **parameters})
 
     each = vmap(grad(loss), in_dims=(None, 0, 0), randomness="different")
     width = sum(parameter.numel() for parameter in wanted.values())

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
 
-from fedsim.data import DataSpec
+from fedsim.data import DataSpec, Split
 from fedsim.penalized import Penalized
 from fedsim.threat import TrainingDetails
 from strategies.attacks.optimization.gradients import BatchGradients
@@ -22,6 +22,7 @@ from strategies.attacks.optimization.parametrizations import (
 )
 from strategies.attacks.optimization.priors import TotalVariation
 from strategies.attacks.optimization.schedules import ig_steps
+from strategies.attacks.optimization.surrogate_gradients import example_gradients
 from tests.strategies.passive.honest import Honest, batch, spec, tiles
 
 SMALL = DataSpec((2, 6, 6), 4, (0.4, 0.5), (0.2, 0.3))
@@ -98,6 +99,15 @@ def test_what_a_module_adds_to_the_loss_is_in_the_gradient_and_in_local_training
         Candidate(images, labels)
     )
     assert torch.allclose(moved.flatten(), 0.1 * expected, atol=1e-12)
+
+
+def test_networks_that_learn_from_gradients_learn_from_those_of_the_whole_loss():
+    images = torch.randint(256, (3, 1, 2, 2), dtype=torch.uint8)
+    split = Split(images, torch.tensor([0, 1, 3]))
+    model = nn.Sequential(Ridge(), nn.Flatten(), nn.Linear(4, 4).double())
+    ((seen, found),) = example_gradients(model, ["0.weight"], split)
+    expected = 0.5 * (seen.square().sum(dim=(1, 2, 3)) + 2 * split.labels)
+    assert torch.allclose(found.flatten(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("tv", [0.0, 0.1])
