@@ -12,9 +12,14 @@ from fedsim import reconstructions
 from fedsim.data import DataSet
 from fedsim.errors import NotGranted, ScenarioError
 from fedsim.parts import Parts, check
+from strategies.attacks.analytic.closed_form.blind_separation import (
+    Prior,
+    separation_loss,
+    unmix,
+    whiten,
+)
 from strategies.attacks.analytic.closed_form.cocktail_party import CocktailParty, first_layer
 from strategies.attacks.analytic.closed_form.feature_inversion import features
-from strategies.attacks.analytic.closed_form.unmixing import Prior, separation_loss, unmix, whiten
 from tests.fedsim.small import Ran, federated, plug_in, scenario
 from tests.strategies.passive.honest import Honest, batch, cifar10, floor_psnr, matched_psnr, spec
 from tests.strategies.passive.honest import tiles as photo_tiles

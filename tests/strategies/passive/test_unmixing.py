@@ -10,7 +10,7 @@ from torch.nn.functional import one_hot
 
 from clients.defenses.learning.mixing import drawn_weights, with_partners
 from fedsim.engines.inline import run_inline
-from strategies.attacks.analytic.closed_form.mixtures import (
+from strategies.attacks.analytic.closed_form.unmixing import (
     Law,
     Unmixed,
     Unmixing,

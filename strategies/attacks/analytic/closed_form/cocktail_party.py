@@ -30,14 +30,14 @@ from fedsim.data import DataSpec
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
-from strategies.attacks.analytic.closed_form.feature_inversion import invert_features
-from strategies.attacks.analytic.closed_form.linear_inversion import ReadingLayer, reading_layer
-from strategies.attacks.analytic.closed_form.unmixing import (
+from strategies.attacks.analytic.closed_form.blind_separation import (
     Prior,
     total_variation,
     unmix,
     whiten,
 )
+from strategies.attacks.analytic.closed_form.feature_inversion import invert_features
+from strategies.attacks.analytic.closed_form.linear_inversion import ReadingLayer, reading_layer
 
 Weight = Annotated[float, Field(ge=0)]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from strategies.attacks.analytic.closed_form.unmixing import total_variation
+from strategies.attacks.analytic.closed_form.blind_separation import total_variation
 
 
 def features(model: nn.Module, layer: str, images: Tensor) -> Tensor:
