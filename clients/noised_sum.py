@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from clients.defenses.perturbation.clip import Norm
 from clients.ledger import Accounted, rounds_done
 from clients.noise import noised
 from clients.per_example import per_example_gradients
@@ -37,7 +38,7 @@ class NoisedSum(Accounted):
         Noise of the sum, in units of ``norm``.
     """
 
-    norm: Annotated[float, Field(gt=0)] = 1.0
+    norm: Norm = 1.0
     sigma: Annotated[float, Field(ge=0)] = 1.0
 
     @abstractmethod

@@ -74,7 +74,17 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "argument out of range": (
         {"defenses": "clip(norm=-1.0)"},
         "defenses: clip(norm)",
-        "write a finite number above 0, for instance 1.0",
+        "write a number of at least 1e-15 and at most 1e+15, for instance 1.0",
+    ),
+    "norm that noise cannot be measured by": (
+        {"defenses": "clip(norm=1e-320) | gaussian"},
+        "defenses: clip(norm)",
+        "of at least 1e-15",
+    ),
+    "epsilon that no noise is known for": (
+        {"defenses": "local-dp(epsilon=1e300)"},
+        "defenses: local-dp(epsilon)",
+        "above 0 and at most 1000000",
     ),
     "argument unknown": (
         {"model.name": "mlp(hiden=[3])"},

@@ -34,6 +34,7 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 from pydantic import Field
 
+from clients.defenses.perturbation.clip import Norm
 from clients.defenses.toy import RATIO_ATTACK
 from fedsim.accounting import Release, epsilon
 from fedsim.attack import Paper, Setting, ToyCase
@@ -95,7 +96,7 @@ class CentralDP(Defense):
         "central-dp(norm=0.1, sigma=1.0)",
     )
 
-    norm: Annotated[float, Field(gt=0)] = 1.0
+    norm: Norm = 1.0
     sigma: Annotated[float, Field(ge=0)] = 1.0
     adaptive: bool = False
     quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5

@@ -20,7 +20,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from clients.defenses.perturbation.clip import clipped
+from clients.defenses.perturbation.clip import Norm, clipped
 from clients.defenses.toy import RATIO_ATTACK
 from clients.ledger import Accounted
 from clients.noise import noised
@@ -72,7 +72,7 @@ class DistributedDP(Accounted):
     )
     of_sums: ClassVar[bool] = True
 
-    norm: Annotated[float, Field(gt=0)] = 1.0
+    norm: Norm = 1.0
     sigma: Annotated[float, Field(gt=0)] = 0.1
     cohort: Annotated[int, Field(ge=2)] = 8
 

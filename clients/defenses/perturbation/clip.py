@@ -19,6 +19,9 @@ from fedsim.attack import Paper, ToyCase
 from fedsim.defense import ClientContext, Defense, Place, Rank, Tensors
 from fedsim.registry import register
 
+#: A norm that bounds: its square, and what noise is beside it, must stay within float32.
+Norm = Annotated[float, Field(ge=1e-15, le=1e15)]
+
 
 @register("defense", "clip")
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,7 @@ class Clip(Defense):
     # A cosine does not mind one factor for all.
     adversary: ClassVar[str] = "inverting-gradients(iterations=200, tv=1e-2)"
 
-    norm: Annotated[float, Field(gt=0)] = 1.0
+    norm: Norm = 1.0
     at: Place = "update"
 
     def transform_gradient(self, gradient: Tensors, ctx: ClientContext) -> Tensors:  # noqa: ARG002

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from clients.defenses.perturbation.clip import clipped
+from clients.defenses.perturbation.clip import Norm, clipped
 from clients.defenses.perturbation.sparse import tell_sparsity
 from clients.defenses.toy import RATIO_ATTACK
 from clients.ledger import Accounted
@@ -105,7 +105,7 @@ class SoteriaFL(Accounted):
     )
     adversary: ClassVar[str] = "bayes(iterations=200, tv=0.01, defense='prune')"
 
-    norm: Annotated[float, Field(gt=0)] = 1.0
+    norm: Norm = 1.0
     std: Annotated[float, Field(gt=0)] = 0.01
     keep: Annotated[float, Field(gt=0, le=1)] = 0.05
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-3  # the authors'
