@@ -24,8 +24,8 @@ import dp_accounting
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
-# The step of privacy losses, beside epsilon: 1.1, 256/60000 and 14,062 steps err by 0.1 %, and a client's
-# ledger takes a tenth of a second where a step of 1e-4 takes a minute for little noise.
+# The step of privacy losses, beside epsilon: 1.1, 256/60000 and 14,062 steps err by 0.1 %, and a
+# client's ledger takes a tenth of a second where a step of 1e-4 takes a minute for little noise.
 STEP = 2e-4
 # The Renyi bound from which on it is what is told: ``expm1`` of a step ends at 709.
 LARGEST = 1e6
