@@ -233,6 +233,18 @@ class Defense:
     of_sums: ClassVar[bool] = False
     #: Its place in a chain.
     rank: ClassVar[Rank] = Rank.CHECK
+    #: Why nothing after it may change its uploads, at the client or the server; "" where all may.
+    seals: ClassVar[str] = ""
+
+    @property
+    def noises(self) -> Place | None:
+        """Where it adds noise to what others made; who makes the gradient itself is not asked."""
+        return None
+
+    @property
+    def clips(self) -> Place | None:
+        """Where it cuts off the norm of what others made."""
+        return None
 
     @property
     def in_each_sum(self) -> int:

@@ -120,6 +120,16 @@ class AdaptiveNoiseDP(Accounted):
     def _multiplier(self, done: int) -> float:
         return max(self.sigma * self.decay**done, min(self.least, self.sigma))
 
+    @property
+    def noises(self) -> Place:
+        """The upload, which it clips before."""
+        return "update"
+
+    @property
+    def clips(self) -> Place:
+        """The upload."""
+        return "update"
+
     def norm_bound(self, at: Place, entering: float | None) -> float | None:
         """Return None after the noise: it has no bound."""
         return entering if at == "gradient" else None

@@ -131,6 +131,16 @@ class DistributedDP(Accounted):
         self.spend(ctx)
         return sent
 
+    @property
+    def noises(self) -> Place:
+        """The upload, which it clips before."""
+        return "update"
+
+    @property
+    def clips(self) -> Place:
+        """The upload."""
+        return "update"
+
     def norm_bound(self, at: Place, entering: float | None) -> float | None:
         """Return None after the noise: it has no bound."""
         return entering if at == "gradient" else None

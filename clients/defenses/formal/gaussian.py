@@ -89,6 +89,11 @@ class Gaussian(Defense):
             ctx.effect(self).releases = released(ctx, self.name)
         return noised(tensors, self.std, ctx.secret(self.name, ctx.round, ctx.step))
 
+    @property
+    def noises(self) -> Place:
+        """As asked."""
+        return self.at
+
     def norm_bound(self, at: Place, entering: float | None) -> float | None:
         """Return None where the noise is added: it has no bound."""
         return entering if at != self.at else None

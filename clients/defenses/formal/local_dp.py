@@ -95,6 +95,16 @@ class LocalDP(Accounted):
         rounds = plan.rounds if self.over == "run" else 1
         return _calibrated(self.epsilon, self.delta) * math.sqrt(rounds)
 
+    @property
+    def noises(self) -> Place:
+        """The upload, which it clips before."""
+        return "update"
+
+    @property
+    def clips(self) -> Place:
+        """The upload."""
+        return "update"
+
     def norm_bound(self, at: Place, entering: float | None) -> float | None:
         """Return None after the noise: it has no bound."""
         return entering if at == "gradient" else None

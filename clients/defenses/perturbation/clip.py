@@ -74,6 +74,11 @@ class Clip(Defense):
         """Clip the upload."""
         return clipped(update, self.norm) if self.at == "update" else update
 
+    @property
+    def clips(self) -> Place:
+        """As asked."""
+        return self.at
+
     def norm_bound(self, at: Place, entering: float | None) -> float | None:
         """Return ``norm`` where this clips, or the bound that was there if it is tighter."""
         if at != self.at:
