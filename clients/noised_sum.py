@@ -11,7 +11,7 @@ how many were drawn is private.  A batch may be empty; then its gradient is nois
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -37,6 +37,8 @@ class NoisedSum(Accounted):
     sigma : float
         Noise of the sum, in units of ``norm``.
     """
+
+    unit: ClassVar[Literal["client", "example"]] = "example"
 
     norm: Norm = 1.0
     sigma: Annotated[float, Field(ge=0)] = 1.0

@@ -91,6 +91,21 @@ def gaussian_epsilon(multiplier: float, delta: float) -> float:
     return float(dp_accounting.get_epsilon_gaussian(multiplier, delta))
 
 
+def check_delta(delta: float, number: int, unit: str) -> None:
+    """Refuse a delta at which the whole data of one of ``number`` units may simply be published.
+
+    Raises
+    ------
+    ValueError
+        Saying below what it must be.
+    """
+    if delta * number >= 1:
+        raise ValueError(
+            f"delta={delta:g} is no promise to {number} {unit}s: one of them may be told outright; "
+            f"let delta be below {1 / number:.3g}, 1 / {number}"
+        )
+
+
 def gaussian_multiplier(epsilon: float, delta: float) -> float:
     """Return the least multiplier with which one Gaussian mechanism has this epsilon at delta."""
     return float(dp_accounting.get_sigma_gaussian(epsilon, delta))

@@ -183,6 +183,24 @@ def test_no_epsilon_is_told_where_something_else_tells_of_the_examples(
     assert guarantees(parts.defenses, parts.plan(32)).keys() == told
 
 
+def test_a_client_started_anew_draws_other_noise_for_the_same_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has forgotten that it answered; under FEDSIM_SECRET_KEY it must repeat all the same."""
+    parts = Parts(scenario(tmp_path, {"defenses": "gaussian(std=0.5)"}))
+
+    def drawn(process: int) -> torch.Tensor:
+        monkeypatch.setattr("os.getpid", lambda: process)
+        context = Context(7, 1, {"client": 0}, RecordDict(), parts.scenario.flat())
+        ctx = _defense_context(parts, context, 1, 32, parts.model())
+        return torch.randn(4, generator=ctx.secret("noise"))
+
+    monkeypatch.delenv("FEDSIM_SECRET_KEY", raising=False)
+    assert not torch.equal(drawn(11), drawn(12))
+    monkeypatch.setenv("FEDSIM_SECRET_KEY", "11" * 32)
+    assert torch.equal(drawn(11), drawn(12))
+
+
 def test_a_round_asked_for_twice_gets_other_noise(tmp_path: Path) -> None:
     """A server that gives two rounds one number must not be able to subtract the noise."""
     changes = {"defenses": "gaussian(std=0.5)", "attack": "linear-inversion"}

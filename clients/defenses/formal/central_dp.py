@@ -36,7 +36,7 @@ from pydantic import Field
 
 from clients.defenses.perturbation.clip import Norm
 from clients.defenses.toy import RATIO_ATTACK
-from fedsim.accounting import Release, epsilon
+from fedsim.accounting import Release, check_delta, epsilon
 from fedsim.attack import Paper, Setting, ToyCase
 from fedsim.defense import Defense, Place, Privacy, Rank, ServerContext, TrainingPlan
 from fedsim.federation import Wrapper, with_arrays
@@ -106,6 +106,7 @@ class CentralDP(Defense):
 
     def check_setting(self, setting: Setting) -> None:
         """Refuse a channel behind which the server has no single update to clip."""
+        check_delta(self.delta, setting.clients, "client")
         if setting.channel.aggregates:
             raise ValueError(
                 f"behind {setting.channel.name} the server gets sums, and cannot clip what is in "

@@ -93,6 +93,7 @@ class DistributedDP(Accounted):
         The sum is weighed by examples: who weighs more than the others moves it by more than
         ``2 c``, behind shares of noise that weigh less than its own.
         """
+        super().check_setting(setting)
         most = setting.cohort + setting.sybils
         if self.cohort > most:
             raise ValueError(

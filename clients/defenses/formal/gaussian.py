@@ -18,9 +18,9 @@ from pydantic import Field
 from clients.defenses.toy import RATIO_ATTACK
 from clients.ledger import record, released
 from clients.noise import noised
-from fedsim.accounting import Release
+from fedsim.accounting import Release, check_delta
 from fedsim.accounting import epsilon as total
-from fedsim.attack import Paper, ToyCase
+from fedsim.attack import Paper, Setting, ToyCase
 from fedsim.defense import ClientContext, Defense, Place, Privacy, Rank, Tensors, TrainingPlan
 from fedsim.registry import register
 
@@ -73,6 +73,10 @@ class Gaussian(Defense):
     std: Annotated[float, Field(gt=0)] = 1e-3
     at: Place = "update"
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse a delta of one over the number of clients."""
+        check_delta(self.delta, setting.clients, "client")
 
     def transform_gradient(self, gradient: Tensors, ctx: ClientContext) -> Tensors:
         """Add noise to one step's gradient."""

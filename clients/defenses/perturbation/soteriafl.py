@@ -123,6 +123,7 @@ class SoteriaFL(Accounted):
 
     def check_setting(self, setting: Setting) -> None:
         """Refuse a federation in which the server's shift would not be the clients' mean."""
+        super().check_setting(setting)
         if setting.cohort < setting.clients:
             raise ValueError(
                 f"only {setting.cohort} of {setting.clients} clients train in a round, and the "
