@@ -9,13 +9,14 @@ server calls its rounds.
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
-from fedsim.accounting import Release, Releases, epsilon, exceeds, merged
+from fedsim.accounting import Release, Releases, check_delta, epsilon, exceeds, merged
+from fedsim.attack import Setting
 from fedsim.defense import (
     Batch,
     ClientContext,
@@ -60,8 +61,16 @@ class Accounted(Defense):
         The epsilon that a client never exceeds in a run: it refuses a round that would.
     """
 
+    #: Whose data the guarantee is about.
+    unit: ClassVar[Literal["client", "example"]] = "client"
+
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     budget: Annotated[float, Field(gt=0)] | None = None
+
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse a delta of one over the number of units: of clients, or of a client's examples."""
+        number = max(setting.examples) if self.unit == "example" else setting.clients
+        check_delta(self.delta, number, self.unit)
 
     @abstractmethod
     def releases(self, plan: TrainingPlan, before: int) -> Releases:

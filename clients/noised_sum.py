@@ -11,12 +11,13 @@ how many were drawn is private.  A batch may be empty; then its gradient is nois
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from clients.defenses.perturbation.clip import Norm
 from clients.ledger import Accounted, rounds_done
 from clients.noise import noised
 from clients.per_example import per_example_gradients
@@ -37,7 +38,9 @@ class NoisedSum(Accounted):
         Noise of the sum, in units of ``norm``.
     """
 
-    norm: Annotated[float, Field(gt=0)] = 1.0
+    unit: ClassVar[Literal["client", "example"]] = "example"
+
+    norm: Norm = 1.0
     sigma: Annotated[float, Field(ge=0)] = 1.0
 
     @abstractmethod

@@ -7,8 +7,9 @@ sensitivity.  Releases of different noise and rate compose.
 Without sampling, mechanisms of multipliers ``z_t`` are one of ``1 / sqrt(sum 1/z_t^2)`` exactly
 (Dong, Roth, Su 2022, Cor. 3.3), whose epsilon is that of Balle and Wang 2018, Theorem 8.  With it,
 privacy loss distributions are composed (Koskela et al. 2020; Doroshenko et al. 2022), rounded up
-so that epsilon is never told too small.  The Renyi accountant (Mironov 2017; Mironov et al. 2019)
-is looser and quick.
+so that epsilon is not told too small.  The Renyi accountant (Mironov 2017; Mironov et al. 2019)
+is looser and quick.  Where it says more than a million, which protects nobody, its bound is told:
+losses as large overflow the other.
 """
 
 import logging
@@ -23,9 +24,13 @@ import dp_accounting
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
-# The step of privacy losses, beside epsilon: errors stay below 1 % at 14,000 steps, and a client's
-# ledger takes a tenth of a second where a step of 1e-4 takes a minute for little noise.
+# The step of privacy losses, beside epsilon: 1.1, 256/60000 and 14,062 steps err by 0.1 %, and a
+# client's ledger takes a tenth of a second where a step of 1e-4 takes a minute for little noise.
 STEP = 2e-4
+# The Renyi bound from which on it is what is told: ``expm1`` of a step ends at 709.
+LARGEST = 1e6
+# Multipliers below count as no noise, and those above as this much: their squares leave float64.
+LEAST_NOISE, MOST_NOISE = 1e-9, 1e100
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,16 @@ def merged(releases: Releases) -> Releases:
     counts: dict[tuple[float, float], int] = {}
     for release in releases:
         if release.rate > 0 and release.count > 0:  # who is never drawn is never told of
-            key = release.multiplier, release.rate
+            key = min(release.multiplier, MOST_NOISE), release.rate
             counts[key] = counts.get(key, 0) + release.count
     return tuple(Release(*key, count) for key, count in sorted(counts.items()))
 
 
 def epsilon(releases: Releases, delta: float) -> float:
-    """Return an upper bound of epsilon at ``delta``, tight to 1 %; infinite without noise."""
+    """Return an upper bound of epsilon at ``delta``; infinite without noise.
+
+    Checked against other accountants up to an epsilon of 12, where it is tight to 1 %.
+    """
     return _epsilon(merged(releases), delta)
 
 
@@ -59,13 +67,15 @@ def epsilon(releases: Releases, delta: float) -> float:
 def _epsilon(releases: Releases, delta: float) -> float:
     if not releases:
         return 0.0
-    if any(release.multiplier <= 0 for release in releases):
+    if any(release.multiplier < LEAST_NOISE for release in releases):
         return math.inf
     if all(release.rate == 1 for release in releases):
         return gaussian_epsilon(whole(releases), delta)
-    step = STEP * max(1.0, renyi_epsilon(releases, delta))
-    accountant = PLDAccountant(value_discretization_interval=step)
-    return _composed(accountant, releases, delta)
+    bound = renyi_epsilon(releases, delta)
+    if bound > LARGEST:
+        return bound
+    accountant = PLDAccountant(value_discretization_interval=STEP * max(1.0, bound))
+    return min(bound, _composed(accountant, releases, delta))
 
 
 @lru_cache(maxsize=4096)
@@ -76,7 +86,24 @@ def renyi_epsilon(releases: Releases, delta: float) -> float:
 
 def gaussian_epsilon(multiplier: float, delta: float) -> float:
     """Return epsilon of one Gaussian mechanism, exactly."""
+    if multiplier < LEAST_NOISE:
+        return math.inf
     return float(dp_accounting.get_epsilon_gaussian(multiplier, delta))
+
+
+def check_delta(delta: float, number: int, unit: str) -> None:
+    """Refuse a delta at which the whole data of one of ``number`` units may simply be published.
+
+    Raises
+    ------
+    ValueError
+        Saying below what it must be.
+    """
+    if delta * number >= 1:
+        raise ValueError(
+            f"delta={delta:g} is no promise to {number} {unit}s: one of them may be told outright; "
+            f"let delta be below {1 / number:.3g}, 1 / {number}"
+        )
 
 
 def gaussian_multiplier(epsilon: float, delta: float) -> float:
@@ -91,7 +118,7 @@ def whole(releases: Releases) -> float:
 
 def exceeds(releases: Releases, delta: float, budget: float) -> bool:
     """Say whether epsilon is above ``budget``; quickly, where the looser bound is not."""
-    if any(release.multiplier <= 0 for release in releases):
+    if any(release.multiplier < LEAST_NOISE for release in releases):
         return True
     if renyi_epsilon(merged(releases), delta) <= budget:
         return False

@@ -1,5 +1,6 @@
 """What a channel is: it decides what of the uploads any strategy, honest or not, can read."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +46,13 @@ class Channel(ABC):
 
         ``active`` says whether the server changes what clients get, or the protocol.
         """
+
+    def carries(self, weight: int) -> float:  # noqa: ARG002 - most carry any
+        """Return the largest magnitude of a value that is not cut off, in an upload's own units.
+
+        ``weight`` is of how many examples the upload is.
+        """
+        return math.inf
 
     def shared(self) -> list[Path]:
         """Return the folders in which clients tell each other what the server must not touch.

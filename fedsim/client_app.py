@@ -342,8 +342,11 @@ def _defense_context(
     again = int((rounds == server_round).sum())
     store[ANSWERED] = torch.cat([rounds, torch.tensor([server_round])])
 
+    # Nor from a SuperNode that was started anew, and forgot what it answered.
+    fresh = [process] if (process := seeds.of_this_process()) else []
+
     def secret(*names: object) -> torch.Generator:
-        own = "client", client, server_round, again, *names
+        own = "client", client, server_round, again, *fresh, *names
         return seeds.secret_generator(seed, *own, run_id=context.run_id, entropy=entropy)
 
     return ClientContext(

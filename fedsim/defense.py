@@ -228,10 +228,23 @@ class Defense:
     adversary: ClassVar[str] = ""
     #: Whether this defense must change uploads; a detector or a data defense need not.
     changes_upload: ClassVar[bool] = True
-    #: Whether its guarantee is of a sum over clients: there is none where uploads are read singly.
+    #: Whether its guarantee is of a sum over clients: there is none where uploads are read singly,
+    #: or where another defense changes them before they are added.
     of_sums: ClassVar[bool] = False
     #: Its place in a chain.
     rank: ClassVar[Rank] = Rank.CHECK
+    #: Why nothing after it may change its uploads, at the client or the server; "" where all may.
+    seals: ClassVar[str] = ""
+
+    @property
+    def noises(self) -> Place | None:
+        """Where it adds noise to what others made; who makes the gradient itself is not asked."""
+        return None
+
+    @property
+    def clips(self) -> Place | None:
+        """Where it cuts off the norm of what others made."""
+        return None
 
     @property
     def in_each_sum(self) -> int:
@@ -382,18 +395,29 @@ def guarantees(
 ) -> dict[str, Privacy]:
     """Return the formal guarantees of a chain, by defense; each covers all that is uploaded.
 
-    ``sums`` says whether the channel lets the server read nothing but sums over clients.  There is
-    none where a client refuses rounds for what its examples are: that answer is in no ledger.
+    ``sums`` says whether the channel lets the server read nothing but sums over clients.  What a
+    sum promises ends where a later defense changes each upload before it is added: that is no
+    post-processing of the sum.  There is none where a client refuses rounds for what its examples
+    are: that answer is in no ledger.
     """
     if any(defense.refuses_on_examples for defense in defenses):
         return {}
     entering = norm_bounds(defenses, plan)
-    found = {d.name: d.privacy(plan, entering[d.name]) for d in defenses if sums or not d.of_sums}
+    found = {
+        d.name: d.privacy(plan, entering[d.name])
+        for place, d in enumerate(defenses)
+        if not d.of_sums or (sums and not any(map(changes_uploads, defenses[place + 1 :])))
+    }
     return {
         name: privacy
         for name, privacy in found.items()
         if privacy is not None and not (privacy.unit == "example" and _mixes(defenses, name))
     }
+
+
+def changes_uploads(defense: Defense) -> bool:
+    """Say whether a defense acts on what is uploaded, at the client."""
+    return type(defense).transform_update is not Defense.transform_update
 
 
 def norm_bounds(

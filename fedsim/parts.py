@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -13,10 +12,10 @@ from torch import nn
 
 from fedsim import registry, seeds
 from fedsim.attack import Active, Attack, Manipulation, Setting
+from fedsim.chain import check_chain
 from fedsim.channel import Channel
 from fedsim.data import DataSet, DataSpec, load_dataset, partition
 from fedsim.defense import (
-    BELONGS_BEFORE,
     Defense,
     ServerContext,
     TrainingPlan,
@@ -254,7 +253,7 @@ def check(parts: Parts, *, here: bool = True, captured: Sequence[ServerView] | N
         raise ScenarioError("federation.device", "cuda", "no CUDA device here; 'auto' or 'cpu'")
     _check_audit(parts)
     _check_adversary(parts)
-    _check_order(parts.defenses, scenario.defenses)
+    check_chain(parts.defenses, scenario.defenses)
     _check_federation(parts)
     model = parts.model() if captured is None else parts.sent_model(captured)
     for key, component in _fitting(parts):
@@ -381,32 +380,6 @@ def _check_known(parts: Parts) -> None:
         raise ScenarioError("data.known", text, remedy)
     if parts.known and not asks:
         raise ScenarioError("data.known", text, "nothing here would ask about it; write 'none'")
-
-
-def _check_order(defenses: tuple[Defense, ...], text: str) -> None:
-    for first, second in pairwise(defenses):
-        if first.rank > second.rank:
-            remedy = f"{second.name} must come before {first.name}: {BELONGS_BEFORE[second.rank]}"
-            raise ScenarioError("defenses", text, remedy)
-    _check_one_way(defenses, text)
-    names = [defense.name for defense in defenses]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ScenarioError("defenses", text, f"{min(twice)} stands there twice")
-
-
-def _check_one_way(defenses: tuple[Defense, ...], text: str) -> None:
-    """Refuse two ways to one gradient: of two losses, or a loss and a gradient, one is ignored."""
-    ways = [
-        defense.name
-        for defense in defenses
-        if type(defense).gradients is not Defense.gradients
-        or type(defense).loss is not Defense.loss
-    ]
-    if len(ways) > 1:
-        remedy = (
-            f"{ways[0]} and {ways[1]} each compute the gradient in a way of their own, and only "
-        )
-        raise ScenarioError("defenses", text, f"{remedy}one would act; leave one out")
 
 
 def _check_audit(parts: Parts) -> None:

@@ -299,10 +299,13 @@ class History:
 
     @cached_property
     def privacy(self) -> list[dict[str, Any]]:
-        """Formal guarantees, each for the client that it protects least."""
-        sizes = [len(own) for own in self.parts.partitions]
+        """Formal guarantees, each for the client that it protects least.
+
+        Who that is hangs on sampling rate and steps together: it may be of any size.
+        """
+        sizes = {len(own) for own in self.parts.partitions}
         least: dict[str, Privacy] = {}
-        for examples in {min(sizes), max(sizes)}:
+        for examples in sorted(sizes):
             plan = self.parts.plan(examples)
             sums = self.parts.channel.aggregates
             for name, found in guarantees(self.parts.defenses, plan, sums=sums).items():

@@ -7,9 +7,10 @@ of calls, no engine and no number of workers changes it.
 
 The secret stream is keyed by 32 bytes that live outside the scenario: ``$FEDSIM_HOME/secret.key``,
 made on first use, and the run's id, so that no two runs share noise that a server could subtract.
-Whoever knows every public seed can still not subtract it.  A run that is to repeat, noise and all,
-names the key itself: under one ``FEDSIM_SECRET_KEY`` (hex) all runs draw alike.  A SuperNode of a
-deployed cluster sets ``secret='entropy'`` in its node config and draws from the operating system.
+Whoever knows every public seed can still not subtract it.  What clients draw hangs on their process
+as well (:func:`of_this_process`).  A run that is to repeat, noise and all, names the key itself:
+under one ``FEDSIM_SECRET_KEY`` (hex) all runs draw alike.  A SuperNode of a deployed cluster sets
+``secret='entropy'`` in its node config and draws from the operating system.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -87,6 +89,21 @@ def secret_bytes(seed: int, *names: object, run_id: int = 0) -> bytes:
     own = 0 if os.environ.get("FEDSIM_SECRET_KEY") else run_id
     text = "/".join([str(seed), *([f"run {own}"] if own else []), *map(str, names)])
     return hmac.new(secret_key(), text.encode(), hashlib.sha256).digest()
+
+
+def of_this_process() -> str:
+    """Return a word that no other process has, a name for its uses of the secret stream.
+
+    A SuperNode that is started anew has lost its count of what it was asked (unless its node config
+    has ``state='...'``), and asked for the same round again it must not draw the same noise.  Empty
+    under ``FEDSIM_SECRET_KEY``, which asks for runs that repeat.
+    """
+    return "" if os.environ.get("FEDSIM_SECRET_KEY") else _nonce(os.getpid())
+
+
+@lru_cache(maxsize=1)
+def _nonce(_: int) -> str:
+    return secrets.token_hex(16)
 
 
 def _generator_of(content: bytes) -> torch.Generator:

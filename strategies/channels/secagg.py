@@ -137,6 +137,10 @@ class SecAgg(Channel):
         if self.strict:
             self._check_strict(clients)
 
+    def carries(self, weight: int) -> float:
+        """Return ``clipping_range`` before weighting."""
+        return self.clipping_range * self.max_weight / weight
+
     def _check_strict(self, clients: int) -> None:
         shares, threshold = self.shares(clients)
         if 2 * threshold <= shares:

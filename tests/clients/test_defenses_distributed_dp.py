@@ -72,6 +72,49 @@ def test_there_is_no_epsilon_where_single_uploads_are_read() -> None:
     assert guarantees((DistributedDP(),), plan) == {}
 
 
+@pytest.mark.parametrize(
+    ("later", "told"),
+    [
+        ("clip(norm=0.1)", 0),
+        ("prune", 0),
+        ("quantize(kind='sign')", 0),
+        ("gaussian", 0),
+        ("lr-perturbation", 1),
+    ],
+)
+def test_there_is_no_epsilon_of_a_sum_whose_shares_are_changed_after_their_noise(
+    later: str, told: int, tmp_path: Path
+) -> None:
+    chain = Parts(scenario(tmp_path, {"defenses": f"distributed-dp | {later}"})).defenses
+    plan = TrainingPlan("gradient", 0.1, 8, 64, 1, 4)
+    assert len(guarantees(chain, plan, sums=True)) == told
+
+
+@pytest.mark.parametrize(
+    ("noise", "channel", "local", "refused"),
+    [
+        ("sigma=40.0", "max_weight=2, clipping_range=0.001", "fedsgd(batch_size=2)", True),
+        ("sigma=1.0", "max_weight=2, clipping_range=3.8", "fedsgd(batch_size=2)", True),
+        ("sigma=1.0", "max_weight=2, clipping_range=3.9", "fedsgd(batch_size=2)", False),
+        ("sigma=1.0", "max_weight=4, clipping_range=2.0", "fedsgd(batch_size=2)", False),
+        # FedAvg's weights, of up to 1 / sqrt(8) here, come on top.
+        ("sigma=1.0", "max_weight=4, clipping_range=3.9", "fedavg(batch_size=4)", True),
+        ("sigma=1.0", "max_weight=4, clipping_range=4.3", "fedavg(batch_size=4)", False),
+    ],
+)
+def test_a_protocol_that_cuts_the_noise_off_is_refused(
+    noise: str, channel: str, local: str, refused: bool, tmp_path: Path
+) -> None:
+    changes = {"defenses": f"distributed-dp(cohort=4, {noise})", "channel": f"secagg({channel})"}
+    changes |= {"federation.local": local, "data.partition": "size(partition_sizes=[4, 4, 4, 4])"}
+    parts = Parts(scenario(tmp_path, changes))
+    if not refused:
+        check(parts)
+        return
+    with pytest.raises(ScenarioError, match="secagg cuts each client's values off at"):
+        check(parts)
+
+
 @pytest.mark.parametrize(("channel", "told"), [("plain", 0), ("trusted-sum", 1)])
 def test_a_run_tells_epsilon_behind_a_channel_that_sums(
     channel: str, told: int, tmp_path: Path

@@ -103,6 +103,26 @@ def test_the_servers_shift_is_the_clients_mean_and_its_step_is_the_papers() -> N
             weights[name] = after
 
 
+def test_the_servers_shift_stays_the_clients_mean_where_one_drops_out() -> None:
+    defense = SoteriaFL(std=1e-6, norm=100.0, keep=0.2)
+    server = Shifted(Averaging(), defense.gamma)
+    stores: list[Tensors] = [{} for _ in range(CLIENTS)]
+    weights = {name: torch.zeros_like(t).double() for name, t in gradient(0).items()}
+    server.sent = message(weights).content.array_records["arrays"]
+    for round in range(1, 7):
+        replies = []
+        for client in range(CLIENTS):
+            if (round, client) in ((3, 0), (4, 2)):
+                continue
+            ctx = context(seed=client, round=round)
+            ctx.store = stores[client]
+            sent = defense.transform_update(gradient(client), ctx)
+            replies.append(message({n: weights[n] - RATE * v for n, v in sent.items()}))
+        server.aggregate_train(round, replies)
+        for name, mean in mean_shift(stores, weights).items():
+            assert (torch.from_numpy(server.shift[name]) / -RATE - mean).abs().max() < 1e-5
+
+
 def test_the_shift_nears_the_gradient_so_that_in_the_end_little_is_lost() -> None:
     """With the same gradient and hardly any noise, what is compressed goes to zero."""
     defense, ctx = SoteriaFL(std=1e-9, norm=100.0, keep=0.5), context()

@@ -74,7 +74,37 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "argument out of range": (
         {"defenses": "clip(norm=-1.0)"},
         "defenses: clip(norm)",
-        "write a finite number above 0, for instance 1.0",
+        "write a number of at least 1e-15 and at most 1e+15, for instance 1.0",
+    ),
+    "delta that lets one example be published": (
+        {"defenses": "dp-sgd(delta=0.5)"},
+        "defenses",
+        "delta=0.5 is no promise to 361 examples: one of them may be told outright; let delta be",
+    ),
+    "delta that lets one client be published": (
+        {"defenses": "soteriafl(delta=0.25)"},
+        "defenses",
+        "delta=0.25 is no promise to 4 clients",
+    ),
+    "delta of a noise that is not of the defense's own clip": (
+        {"defenses": "clip | gaussian(delta=0.3)"},
+        "defenses",
+        "let delta be below 0.25, 1 / 4",
+    ),
+    "delta at the server": (
+        {"defenses": "central-dp(delta=0.3)"},
+        "defenses",
+        "delta=0.3 is no promise to 4 clients",
+    ),
+    "norm that noise cannot be measured by": (
+        {"defenses": "clip(norm=1e-320) | gaussian"},
+        "defenses: clip(norm)",
+        "of at least 1e-15",
+    ),
+    "epsilon that no noise is known for": (
+        {"defenses": "local-dp(epsilon=1e300)"},
+        "defenses: local-dp(epsilon)",
+        "above 0 and at most 1000000",
     ),
     "argument unknown": (
         {"model.name": "mlp(hiden=[3])"},

@@ -87,6 +87,24 @@ def test_nothing_released_costs_nothing_and_no_noise_everything() -> None:
     assert exceeds((Release(0.0),), DELTA, 1e9)
 
 
+@pytest.mark.parametrize("rate", [1e-3, 0.1, 1.0])
+@pytest.mark.parametrize("multiplier", [1e-8, 1e-3, 3e-3, 1e300])
+def test_next_to_no_noise_and_next_to_nothing_but_noise_have_an_epsilon(
+    multiplier: float, rate: float
+) -> None:
+    releases = (Release(multiplier, rate, 100),)
+    told = epsilon(releases, DELTA)
+    assert 0 <= told <= renyi_epsilon(releases, DELTA) < math.inf
+    assert exceeds(releases, DELTA, 8.0) == (multiplier < 1)
+    if multiplier < 1e-3:  # at the least as many of the 100 as are drawn with probability delta
+        assert told > 100 * rate / (2 * multiplier**2)
+
+
+def test_noise_too_little_for_its_square_counts_as_none() -> None:
+    for rate in (0.1, 1.0):
+        assert math.isinf(epsilon((Release(1e-200, rate),), DELTA))
+
+
 def test_equal_releases_are_counted_together() -> None:
     one, other = Release(1.0, 0.5, 2), Release(2.0, 0.5, 1)
     assert merged((one, other, one)) == (Release(1.0, 0.5, 4), other)

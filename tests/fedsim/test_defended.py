@@ -118,6 +118,24 @@ def test_what_the_server_does_itself_stands_between_uploads_and_average(tmp_path
         ("precode | dp-sgd", "precode and dp-sgd each"),
         ("gaussian | local-dp", "local-dp must come before gaussian: a norm cut off after noise"),
         ("quantize | soteriafl", "soteriafl must come before quantize"),
+        ("local-dp | clip", "clip would clip the update after local-dp noised the update"),
+        ("adaptive-noise-dp | clip", "clip would clip the update after adaptive-noise-dp noised"),
+        ("distributed-dp | clip", "clip would clip the update after distributed-dp noised"),
+        ("local-dp | adaptive-noise-dp", "adaptive-noise-dp would clip the update after local-dp"),
+        ("soteriafl | clip", "clip would clip the update after soteriafl noised the update"),
+        ("dpfl | clip", "clip would clip the update after dpfl noised the update"),
+        (
+            "clip(at='update') | gaussian(at='gradient')",
+            "clip would clip the update after gaussian noised the gradient: a norm cut off after "
+            "noise.*; clip where the noise is, at='gradient'",
+        ),
+        ("clip | outpost", "clip would clip the update after outpost noised the gradient"),
+        ("local-dp | gaussian(at='gradient')", "local-dp would clip the update after gaussian"),
+        ("soteriafl | prune", "prune must not follow soteriafl: it remembers what it sent"),
+        ("soteriafl | dual-prune", "dual-prune must not follow soteriafl"),
+        ("soteriafl | quantize", "quantize must not follow soteriafl"),
+        ("soteriafl | gaussian", "gaussian must not follow soteriafl"),
+        ("soteriafl | central-dp", "central-dp must not follow soteriafl"),
         ("local-dp | dpfl", "dpfl must come before local-dp: it makes the gradient"),
     ],
 )
@@ -126,6 +144,24 @@ def test_a_chain_that_breaks_its_own_guarantee_is_refused(
 ) -> None:
     with pytest.raises(ScenarioError, match=said):
         check(Parts(scenario(tmp_path, {"defenses": chain, "threat-model": "B"})))
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        "clip | gaussian",
+        "clip(at='gradient') | gaussian(at='gradient')",
+        "clip(at='gradient') | gaussian",
+        "clip | local-dp | gaussian | prune | quantize",
+        "dp-sgd | clip | gaussian",
+        "self-audit | clip | soteriafl",
+    ],
+)
+def test_clipping_before_noise_and_compressing_after_it_are_in_order(
+    chain: str, tmp_path: Path
+) -> None:
+    changes = {"defenses": chain, "federation.local": "fedsgd(batch_size=1)", "threat-model": "B"}
+    check(Parts(scenario(tmp_path, changes)))
 
 
 @pytest.mark.parametrize(
@@ -145,6 +181,24 @@ def test_no_epsilon_is_told_where_something_else_tells_of_the_examples(
 ) -> None:
     parts = Parts(scenario(tmp_path, {"defenses": chain}))
     assert guarantees(parts.defenses, parts.plan(32)).keys() == told
+
+
+def test_a_client_started_anew_draws_other_noise_for_the_same_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has forgotten that it answered; under FEDSIM_SECRET_KEY it must repeat all the same."""
+    parts = Parts(scenario(tmp_path, {"defenses": "gaussian(std=0.5)"}))
+
+    def drawn(process: int) -> torch.Tensor:
+        monkeypatch.setattr("os.getpid", lambda: process)
+        context = Context(7, 1, {"client": 0}, RecordDict(), parts.scenario.flat())
+        ctx = _defense_context(parts, context, 1, 32, parts.model())
+        return torch.randn(4, generator=ctx.secret("noise"))
+
+    monkeypatch.delenv("FEDSIM_SECRET_KEY", raising=False)
+    assert not torch.equal(drawn(11), drawn(12))
+    monkeypatch.setenv("FEDSIM_SECRET_KEY", "11" * 32)
+    assert torch.equal(drawn(11), drawn(12))
 
 
 def test_a_round_asked_for_twice_gets_other_noise(tmp_path: Path) -> None:

@@ -369,6 +369,22 @@ def test_a_formal_guarantee_is_told(tmp_path: Path) -> None:
     assert np.isfinite(promise["delta"])
 
 
+def test_a_guarantee_is_that_of_the_client_who_spends_most(tmp_path: Path) -> None:
+    """At batches of 32: 33 examples make two steps at nearly full rate."""
+    told = []
+    for sizes in ([32], [33], [400], [32, 33, 400]):
+        changes = {
+            "defenses": "dp-sgd",
+            "federation.local": "fedavg(batch_size=32)",
+            "federation.clients": len(sizes),
+            "data.partition": f"size(partition_sizes={sizes})",
+        }
+        (promise,) = History(Parts(scenario(tmp_path, changes)), Ledger(), [], None).privacy
+        told.append(promise["epsilon"])
+    assert told[:3] == pytest.approx([4.38, 6.49, 2.58], abs=0.01)
+    assert told[3] == told[1]
+
+
 @pytest.mark.parametrize(
     ("defense", "local", "channel", "told"),
     [

@@ -28,7 +28,7 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 
-from clients.defenses.perturbation.clip import clipped, global_norm
+from clients.defenses.perturbation.clip import Norm, clipped, global_norm
 from clients.defenses.toy import RATIO_ATTACK
 from clients.ledger import Accounted, rounds_done
 from clients.noise import noised
@@ -86,7 +86,7 @@ class AdaptiveNoiseDP(Accounted):
         "bayes(iterations=200, tv=0.1, defense='clip(norm=0.1) | gaussian(std=0.02)')"
     )
 
-    norm: Annotated[float, Field(gt=0)] = 1.0
+    norm: Norm = 1.0
     sigma: Annotated[float, Field(gt=0)] = 2.0
     decay: Annotated[float, Field(gt=0, le=1)] = 0.95
     least: Annotated[float, Field(gt=0)] = 0.5
@@ -119,6 +119,16 @@ class AdaptiveNoiseDP(Accounted):
 
     def _multiplier(self, done: int) -> float:
         return max(self.sigma * self.decay**done, min(self.least, self.sigma))
+
+    @property
+    def noises(self) -> Place:
+        """The upload, which it clips before."""
+        return "update"
+
+    @property
+    def clips(self) -> Place:
+        """The upload."""
+        return "update"
 
     def norm_bound(self, at: Place, entering: float | None) -> float | None:
         """Return None after the noise: it has no bound."""

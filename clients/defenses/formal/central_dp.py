@@ -34,8 +34,9 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 from pydantic import Field
 
+from clients.defenses.perturbation.clip import Norm
 from clients.defenses.toy import RATIO_ATTACK
-from fedsim.accounting import Release, epsilon
+from fedsim.accounting import Release, check_delta, epsilon
 from fedsim.attack import Paper, Setting, ToyCase
 from fedsim.defense import Defense, Place, Privacy, Rank, ServerContext, TrainingPlan
 from fedsim.federation import Wrapper, with_arrays
@@ -95,7 +96,7 @@ class CentralDP(Defense):
         "central-dp(norm=0.1, sigma=1.0)",
     )
 
-    norm: Annotated[float, Field(gt=0)] = 1.0
+    norm: Norm = 1.0
     sigma: Annotated[float, Field(ge=0)] = 1.0
     adaptive: bool = False
     quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
@@ -105,6 +106,7 @@ class CentralDP(Defense):
 
     def check_setting(self, setting: Setting) -> None:
         """Refuse a channel behind which the server has no single update to clip."""
+        check_delta(self.delta, setting.clients, "client")
         if setting.channel.aggregates:
             raise ValueError(
                 f"behind {setting.channel.name} the server gets sums, and cannot clip what is in "

@@ -11,7 +11,8 @@ that fills the cohort with devices of its own, which add none, has the victim's 
 (C - 1)th of the variance (``sybil-sa-dp``).  That is the point of shipping it.
 
 The papers add discrete noise inside a finite field; here the noise is Gaussian, before the
-protocol's quantization.
+protocol's quantization.  Rounding single shares is no post-processing of their sum, and is not in
+the proof; nor is any defense after this one, with which no epsilon is told.
 """
 
 import math
@@ -20,7 +21,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from clients.defenses.perturbation.clip import clipped
+from clients.defenses.perturbation.clip import Norm, clipped
 from clients.defenses.toy import RATIO_ATTACK
 from clients.ledger import Accounted
 from clients.noise import noised
@@ -72,7 +73,7 @@ class DistributedDP(Accounted):
     )
     of_sums: ClassVar[bool] = True
 
-    norm: Annotated[float, Field(gt=0)] = 1.0
+    norm: Norm = 1.0
     sigma: Annotated[float, Field(gt=0)] = 0.1
     cohort: Annotated[int, Field(ge=2)] = 8
 
@@ -92,6 +93,7 @@ class DistributedDP(Accounted):
         The sum is weighed by examples: who weighs more than the others moves it by more than
         ``2 c``, behind shares of noise that weigh less than its own.
         """
+        super().check_setting(setting)
         most = setting.cohort + setting.sybils
         if self.cohort > most:
             raise ValueError(
@@ -105,12 +107,40 @@ class DistributedDP(Accounted):
                 "that of equal weights; let all hold as many, or use federation.local = "
                 f"'fedsgd(batch_size={min(setting.examples)})' or smaller batches"
             )
+        self._check_range(setting, largest)
+
+    def _check_range(self, setting: Setting, weight: int) -> None:
+        """Refuse a protocol that cuts off what each client noised: what is left is another noise.
+
+        A value reaches ``c`` and five standard deviations.  FedAvg's uploads are weights: those
+        that training starts from, and what is added.
+        """
+        reached = self.norm + 5 * self.share
+        if setting.training.kind == "weights":
+            reached += max(float(p.detach().abs().max()) for p in setting.model.parameters())
+        if reached > (most := setting.channel.carries(weight)):
+            raise ValueError(
+                f"uploads reach {reached:.3g} (norm, five standard deviations, and FedAvg's "
+                f"weights), and {setting.channel.name} cuts each client's values off at "
+                f"{most:.3g}: the sum would not hold the noise that epsilon is of; use a larger "
+                "clipping_range, or a smaller norm or sigma"
+            )
 
     def transform_update(self, update: Tensors, ctx: ClientContext) -> Tensors:
         """Clip, then add this client's share, from its secret stream."""
         sent = noised(clipped(update, self.norm), self.share, self.noise(ctx))
         self.spend(ctx)
         return sent
+
+    @property
+    def noises(self) -> Place:
+        """The upload, which it clips before."""
+        return "update"
+
+    @property
+    def clips(self) -> Place:
+        """The upload."""
+        return "update"
 
     def norm_bound(self, at: Place, entering: float | None) -> float | None:
         """Return None after the noise: it has no bound."""
@@ -134,5 +164,5 @@ class DistributedDP(Accounted):
             relation="replace-one",
             mechanism=f"Gaussian, of the sum of {self.cohort} honest clients who weigh alike: std "
             f"{std:g}, sensitivity {sensitivity:g} (2 x clip), {plan.rounds} releases; a server "
-            "that brings clients of its own is not covered",
+            "that brings clients of its own is not covered, nor what a channel rounds",
         )

@@ -19,6 +19,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from clients.defenses.perturbation.clip import Norm
 from clients.defenses.toy import IMPRINTED
 from clients.noised_sum import NoisedSum, norms_of, scaled
 from fedsim.attack import Paper, ToyCase
@@ -55,7 +56,7 @@ class FedCDP(NoisedSum):
     # One image a step, and no array of its gradient so long as to be clipped.
     adversary: ClassVar[str] = "bayes(iterations=200, tv=0.1, defense='gaussian(std=0.4)')"
 
-    norm: Annotated[float, Field(gt=0)] = 4.0
+    norm: Norm = 4.0
     sigma: Annotated[float, Field(ge=0)] = 6.0
 
     def clip(self, gradients: Tensors) -> Tensors:

@@ -18,9 +18,9 @@ from pydantic import Field
 from clients.defenses.toy import RATIO_ATTACK
 from clients.ledger import record, released
 from clients.noise import noised
-from fedsim.accounting import Release
+from fedsim.accounting import Release, check_delta
 from fedsim.accounting import epsilon as total
-from fedsim.attack import Paper, ToyCase
+from fedsim.attack import Paper, Setting, ToyCase
 from fedsim.defense import ClientContext, Defense, Place, Privacy, Rank, Tensors, TrainingPlan
 from fedsim.registry import register
 
@@ -74,6 +74,10 @@ class Gaussian(Defense):
     at: Place = "update"
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
 
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse a delta of one over the number of clients."""
+        check_delta(self.delta, setting.clients, "client")
+
     def transform_gradient(self, gradient: Tensors, ctx: ClientContext) -> Tensors:
         """Add noise to one step's gradient."""
         return self._noised(gradient, ctx) if self.at == "gradient" else gradient
@@ -88,6 +92,11 @@ class Gaussian(Defense):
             record(ctx, self.name, (Release(self.std / (2 * bound)),))
             ctx.effect(self).releases = released(ctx, self.name)
         return noised(tensors, self.std, ctx.secret(self.name, ctx.round, ctx.step))
+
+    @property
+    def noises(self) -> Place:
+        """As asked."""
+        return self.at
 
     def norm_bound(self, at: Place, entering: float | None) -> float | None:
         """Return None where the noise is added: it has no bound."""

@@ -25,7 +25,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from clients.defenses.perturbation.clip import clipped
+from clients.defenses.perturbation.clip import Norm, clipped
 from clients.defenses.toy import RATIO_ATTACK
 from clients.ledger import Accounted
 from clients.noise import noised
@@ -77,8 +77,8 @@ class LocalDP(Accounted):
         "bayes(iterations=200, tv=0.1, defense='clip(norm=0.1) | gaussian(std=0.0189)')"
     )
 
-    norm: Annotated[float, Field(gt=0)] = 1.0
-    epsilon: Annotated[float, Field(gt=0)] = 8.0
+    norm: Norm = 1.0
+    epsilon: Annotated[float, Field(gt=0, le=1e6)] = 8.0
     over: Literal["run", "round"] = "run"
 
     def transform_update(self, update: Tensors, ctx: ClientContext) -> Tensors:
@@ -94,6 +94,16 @@ class LocalDP(Accounted):
     def _multiplier(self, plan: TrainingPlan) -> float:
         rounds = plan.rounds if self.over == "run" else 1
         return _calibrated(self.epsilon, self.delta) * math.sqrt(rounds)
+
+    @property
+    def noises(self) -> Place:
+        """The upload, which it clips before."""
+        return "update"
+
+    @property
+    def clips(self) -> Place:
+        """The upload."""
+        return "update"
 
     def norm_bound(self, at: Place, entering: float | None) -> float | None:
         """Return None after the noise: it has no bound."""

@@ -19,6 +19,9 @@ from fedsim.attack import Paper, ToyCase
 from fedsim.defense import ClientContext, Defense, Place, Rank, Tensors
 from fedsim.registry import register
 
+#: A norm that bounds: its square, and what noise is beside it, must stay within float32.
+Norm = Annotated[float, Field(ge=1e-15, le=1e15)]
+
 
 @register("defense", "clip")
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,7 @@ class Clip(Defense):
     # A cosine does not mind one factor for all.
     adversary: ClassVar[str] = "inverting-gradients(iterations=200, tv=1e-2)"
 
-    norm: Annotated[float, Field(gt=0)] = 1.0
+    norm: Norm = 1.0
     at: Place = "update"
 
     def transform_gradient(self, gradient: Tensors, ctx: ClientContext) -> Tensors:  # noqa: ARG002
@@ -70,6 +73,11 @@ class Clip(Defense):
     def transform_update(self, update: Tensors, ctx: ClientContext) -> Tensors:  # noqa: ARG002
         """Clip the upload."""
         return clipped(update, self.norm) if self.at == "update" else update
+
+    @property
+    def clips(self) -> Place:
+        """As asked."""
+        return self.at
 
     def norm_bound(self, at: Place, entering: float | None) -> float | None:
         """Return ``norm`` where this clips, or the bound that was there if it is tighter."""

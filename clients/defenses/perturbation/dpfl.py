@@ -144,6 +144,11 @@ class DPFL(Defense):
         raw = {layer: active.get(layer, typical) for layer in layers}
         return {layer: share / sum(raw.values()) for layer, share in raw.items()}
 
+    @property
+    def noises(self) -> Place:
+        """The upload."""
+        return "update"
+
     def norm_bound(self, at: Place, entering: float | None) -> float | None:
         """Return None after the noise: it has no bound."""
         return entering if at == "gradient" else None

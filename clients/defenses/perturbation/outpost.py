@@ -33,7 +33,7 @@ from clients.defenses.aside import the_step
 from clients.defenses.toy import RATIO_ATTACK
 from clients.noise import normal
 from fedsim.attack import Paper, ToyCase
-from fedsim.defense import ClientContext, Defense, Rank, Tensors
+from fedsim.defense import ClientContext, Defense, Place, Rank, Tensors
 from fedsim.registry import register
 
 COUNTER = "outpost.iterations"
@@ -109,6 +109,11 @@ class Outpost(Defense):
             name: self.perturbed(g, self.std(model.get_parameter(name)), generator)
             for name, g in gradient.items()
         }
+
+    @property
+    def noises(self) -> Place:
+        """Each step's gradient."""
+        return "gradient"
 
     def chance(self, ctx: ClientContext) -> float:
         """Return the probability with which this step is perturbed, and count the step."""

@@ -9,8 +9,10 @@ Compression", NeurIPS 2022, Algorithm 1.  Client i and the server, who both begi
 
 ``Compress`` keeps k of d coordinates at random and scales them by d / k: unbiased, of variance
 ``omega = d/k - 1``; ``gamma = sqrt((1 + 2 omega) / (2 (1 + omega)^3))``.  It needs the server's
-half (:class:`Shifted`), and every client in every round: a client that drops out leaves the
-server's shift off by its share.
+half (:class:`Shifted`), and every client in every round: where one drops out, that round's step is
+off by what its shift differs from the others'.  The server's shift stays right, for it counts who
+is missing as having sent nothing, once a round heard all of them; a reply that its client sent and
+the server never got leaves it off for good.
 
 What it promises: local differential privacy of what each client sends, at client level, by clip and
 noise alone.  The rest is post-processing, because the shift is made of what was sent.  What was
@@ -38,7 +40,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from clients.defenses.perturbation.clip import clipped
+from clients.defenses.perturbation.clip import Norm, clipped
 from clients.defenses.perturbation.sparse import tell_sparsity
 from clients.defenses.toy import RATIO_ATTACK
 from clients.ledger import Accounted
@@ -103,9 +105,12 @@ class SoteriaFL(Accounted):
         "soteriafl(std=1e-3)",
         "soteriafl(std=1e-2)",
     )
+    seals: ClassVar[str] = (
+        "it remembers what it sent, as the server does, and the two memories would part"
+    )
     adversary: ClassVar[str] = "bayes(iterations=200, tv=0.01, defense='prune')"
 
-    norm: Annotated[float, Field(gt=0)] = 1.0
+    norm: Norm = 1.0
     std: Annotated[float, Field(gt=0)] = 0.01
     keep: Annotated[float, Field(gt=0, le=1)] = 0.05
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-3  # the authors'
@@ -118,6 +123,7 @@ class SoteriaFL(Accounted):
 
     def check_setting(self, setting: Setting) -> None:
         """Refuse a federation in which the server's shift would not be the clients' mean."""
+        super().check_setting(setting)
         if setting.cohort < setting.clients:
             raise ValueError(
                 f"only {setting.cohort} of {setting.clients} clients train in a round, and the "
@@ -145,6 +151,16 @@ class SoteriaFL(Accounted):
     def strategy(self, inner: Strategy, ctx: ServerContext) -> Strategy:  # noqa: ARG002
         """Return the server's half."""
         return Shifted(inner, self.gamma)
+
+    @property
+    def noises(self) -> Place:
+        """The upload, which it clips before."""
+        return "update"
+
+    @property
+    def clips(self) -> Place:
+        """The upload."""
+        return "update"
 
     def norm_bound(self, at: Place, entering: float | None) -> float | None:
         """Return None after the noise: it has no bound."""
@@ -176,6 +192,7 @@ class Shifted(Wrapper):
         super().__init__(inner)
         self.gamma = gamma
         self.shift: dict[str, Values] = {}
+        self.everybody = 0.0  # the most examples that one round's replies were of
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -192,6 +209,7 @@ class Shifted(Wrapper):
         before = dict(self.shift)
         shifted = [with_arrays(reply, self._moved(reply, before)) for reply in whole]
         aggregated = super().aggregate_train(server_round, shifted)
+        self.everybody = max(self.everybody, sum(map(_weight, whole)))
         for name in self.sent:
             if whole and not is_buffer(name):
                 step = self.gamma * self._mean_change(whole, name)
@@ -208,14 +226,17 @@ class Shifted(Wrapper):
         return arrays
 
     def _mean_change(self, replies: list[Message], name: str) -> Values:
-        """Return how far the replies moved one array, weighted as strategies weigh them."""
+        """Return how far all clients moved one array, weighed; who is missing moved it by none."""
         sent = self.sent[name].numpy().astype(np.float64)
-        total, weights = np.zeros_like(sent), 0.0
+        total = np.zeros_like(sent)
         for reply in replies:
-            weight = float(cast(float, reply.content.metric_records["metrics"]["num-examples"]))
             change = reply.content.array_records["arrays"][name].numpy() - sent
-            total, weights = total + weight * change, weights + weight
-        return cast(Values, total / weights)
+            total += _weight(reply) * change
+        return cast(Values, total / self.everybody)
+
+
+def _weight(reply: Message) -> float:
+    return float(cast(float, reply.content.metric_records["metrics"]["num-examples"]))
 
 
 def _adding(shift: Values) -> Callable[[NDArray[np.generic]], NDArray[np.generic]]:
