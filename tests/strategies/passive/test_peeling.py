@@ -167,3 +167,23 @@ def test_shares_of_large_batches(size: int, precision: torch.dtype):
             assert len(found.labels) == near.any(dim=1).sum()  # nor anybody twice
             assert shares[-1] >= singles[-1]
         print(f"{name}, batches of {size}, {precision}: {shares}, alone {singles}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "published"), [(64, 0.994), (128, 0.666)])
+def test_shares_with_the_papers_weights(size: int, published: float):
+    """CIFAR-10, 1,000 units, all weights N(0, 0.25): standard deviation or variance, it may be."""
+    images, labels = batch(cifar10(), size, 0, torch.float64)
+    honest = client(1000)
+    for std in (0.25, 0.5):
+        drawn = torch.Generator().manual_seed(0)
+        weights = {
+            name: std * torch.randn(tensor.shape, generator=drawn, dtype=torch.float64)
+            for name, tensor in honest.sent().items()
+        }
+        found = peeled(honest, images, labels, honest.gradient(images, labels, sent=weights))
+        which, off = matched(found, images)
+        assert off.max() < 0.1
+        assert len(which.unique()) == len(which)
+        print(f"batches of {size}, std {std}: {len(which) / size}, published {published}")
+        assert len(which) / size > published - 0.05

@@ -3,7 +3,8 @@
 The others are in the methods' own tests: exact inversion of a first layer, the sign rule and
 analytic counts (test_linear_inversion, test_idlg, test_labels), cosine 0 at the truth and
 blind to order (test_engine), recovered BatchNorm statistics (test_statistics), SPEAR, the surrogate
-model's midpoint, R-GAP's ranks, APRIL (test_spear, test_sme, test_r_gap, test_april).
+model's midpoint, R-GAP's ranks, APRIL (test_spear, test_sme, test_r_gap, test_april), peeling
+(test_peeling).  FGLA's corrected features are a generative attack's.
 """
 
 import torch
