@@ -1,9 +1,9 @@
 """One client's privacy ledger: what it released so far, what that cost, and when it stops.
 
 The ledger is kept in the client's persistent state, one for each formal defense, as rows of
-(noise multiplier, sampling rate, count): epsilon is computed from the whole list at any time, so
-that two rounds with restored state are one long run.  It counts what was released, whatever the
-server calls its rounds.
+(noise multiplier, sampling rate, count, pure epsilon): epsilon is computed from the whole list at
+any time, so that two rounds with restored state are one long run.  It counts what was released,
+whatever the server calls its rounds.
 """
 
 from abc import abstractmethod
@@ -36,12 +36,12 @@ def released(ctx: ClientContext, name: str) -> Releases:
     rows = ctx.store.get(_key(name))
     if rows is None:
         return ()
-    return tuple(Release(float(z), float(q), int(count)) for z, q, count in rows.tolist())
+    return tuple(Release(float(z), q, int(count), pure) for z, q, count, pure in rows.tolist())
 
 
 def record(ctx: ClientContext, name: str, releases: Releases) -> None:
     """Add releases to the ledger."""
-    rows = [[r.multiplier, r.rate, r.count] for r in merged(released(ctx, name) + releases)]
+    rows = [[r.multiplier, r.rate, r.count, r.pure] for r in merged(released(ctx, name) + releases)]
     ctx.store[_key(name)] = torch.tensor(rows, dtype=torch.float64)
 
 

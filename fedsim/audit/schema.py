@@ -230,7 +230,7 @@ class Epsilon(_Part):
 class Spent(_Part):
     """What one client spent: epsilon of all its releases up to its last deposit, in ``round``.
 
-    ``releases`` counts Gaussian mechanisms; ``epsilon`` is null where there is none that is finite.
+    ``releases`` counts mechanisms; ``epsilon`` is null where there is none that is finite.
     """
 
     client: int

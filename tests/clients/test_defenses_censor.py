@@ -54,6 +54,16 @@ def test_it_is_the_best_of_its_trials_and_learns_nothing_at_first_order() -> Non
     assert abs(best - figures["loss"]) < 0.1 * abs(plain)
 
 
+@pytest.mark.parametrize("trials", [1, 20])
+def test_a_step_costs_one_forward_pass_more_than_it_has_trials(trials: int) -> None:
+    model, batch = small_model(), few_images()
+    before, ctx = a_step(model, batch)
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    Censor(trials=trials).transform_gradient(before, ctx)
+    assert len(passes) == trials + 1
+
+
 def test_one_entry_has_no_orthogonal_direction_and_zero_stays_zero() -> None:
     generator = torch.Generator().manual_seed(0)
     assert orthogonal(torch.tensor([3.0]), generator) == 0

@@ -120,6 +120,7 @@ def test_gamma_and_beta_are_searched_with_the_image():
     found = {name: psnr(images, torch.cat(each)).mean().item() for name, each in made.items()}
     print(found)
     assert found["lock known"] > found["without key"] + 5
+    assert found["lock searched"] > found["without key"] + 5
 
 
 class ScaleAndShift(torch.nn.Module):

@@ -76,13 +76,24 @@ def test_one_step_is_turned_by_nothing() -> None:
     assert cosine(1, by_step) == pytest.approx(1.0, abs=1e-12)
 
 
-@pytest.mark.parametrize(("steps", "constant", "each"), [(5, 0.979, 0.9988), (20, 0.977, 0.972)])
+@pytest.mark.parametrize(
+    ("steps", "constant", "by_draws", "slack"),
+    [(5, 0.979, 0.9988, 0.01), (20, 0.977, 0.997, 0.003)],
+)
 def test_more_steps_are_turned_by_as_little_as_known(
-    steps: int, constant: float, each: float
+    steps: int, constant: float, by_draws: float, slack: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The known figures do not name their model and images; a rate three times as high, and U."""
-    assert cosine(steps, lambda _: 3 * RATE) == pytest.approx(constant, abs=0.01)
-    assert cosine(steps, by_step) >= each - 0.03
+    """A rate three times as high, and the mean over 20 secret keys of drawn ones.
+
+    The known figures, 0.979 and 0.9988 for 5 steps, 0.977 and 0.972 for 20, do not name their model
+    and images.  The last is not met: 20 drawn steps are turned by a tenth of that here.
+    """
+    assert cosine(steps, lambda _: 3 * RATE) == pytest.approx(constant, abs=0.005)
+    drawn = []
+    for key in range(1, 21):
+        monkeypatch.setenv("FEDSIM_SECRET_KEY", f"{key:02x}" * 32)
+        drawn.append(cosine(steps, by_step))
+    assert sum(drawn) / len(drawn) == pytest.approx(by_draws, abs=slack)
 
 
 def test_the_trainer_is_given_the_drawn_rate_and_the_auditor_is_told() -> None:

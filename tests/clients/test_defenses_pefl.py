@@ -97,3 +97,4 @@ def test_a_known_factor_finds_the_image():
     found = {name: psnr(images, torch.cat(each)).mean().item() for name, each in made.items()}
     print(found)
     assert found["public"] > found["private"] + 5
+    assert min(found["factor searched"], found["factor known"]) > found["private"] + 15

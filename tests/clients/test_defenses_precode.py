@@ -26,6 +26,15 @@ def test_the_divergence_is_that_of_torch_in_bits():
     assert precode.divergence(torch.zeros(1), torch.ones(1)).item() == 0
 
 
+def test_the_known_divergence_is_as_many_bits():
+    """11.73 nats are 16.92 bits."""
+    layer, known = Bottleneck(6, 1, beta=1.0).double(), (2 * 11.73) ** 0.5
+    mean, std = torch.tensor([[known]]).double(), torch.ones(1, 1).double()
+    assert precode.divergence(mean, std).item() == pytest.approx(11.73, abs=1e-5)
+    layer.encode = lambda _: (mean, std)
+    assert layer.penalty(torch.zeros(1, 6), torch.zeros(1)).item() == pytest.approx(16.92, abs=5e-3)
+
+
 def test_the_bottleneck_costs_so_many_parameters():
     def size(expression: str) -> int:
         return sum(p.numel() for p in build_model(expression, spec()).parameters())
@@ -109,3 +118,5 @@ def test_leaving_the_stochastic_layers_out_finds_the_image(monkeypatch: pytest.M
     found = {name: psnr(images, torch.cat(made)).mean().item() for name, made in named.items()}
     print(found)
     assert found["before"] > found["whole"] + 5
+    assert found["before, perturbed"] < found["before"] - 10
+    assert found["no noise"] > 25

@@ -110,7 +110,7 @@ def test_with_feedback_nothing_is_lost(by: Any, scope: Any) -> None:
         store = ctx.store
     (rest,) = store.values()
     assert rest.norm() > 1
-    assert (sent + rest - computed).abs().max() < 1e-5
+    assert (sent + rest - computed).abs().max() < 3e-6  # ten units in the last place
 
 
 def test_what_was_kept_back_is_forgotten_where_the_server_changed_the_shape() -> None:

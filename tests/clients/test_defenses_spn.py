@@ -87,6 +87,7 @@ def test_the_branch_searched_with_the_image_finds_it():
     found = {name: psnr(images, torch.cat(each)).mean().item() for name, each in made.items()}
     print(found)
     assert min(found["branch searched"], found["branch known"]) > found["whole"] + 15
+    assert found["undefended"] > found["whole"] + 15
 
 
 def zeroed():

@@ -12,10 +12,12 @@ from clients.defenses.formal.dp_sgd import DPSGD
 from clients.defenses.formal.fed_cdp import FedCDP
 from clients.defenses.formal.gaussian import Gaussian
 from clients.defenses.formal.local_dp import LocalDP
+from clients.defenses.perturbation.dpfl import DPFL, laplace
 from clients.defenses.perturbation.soteriafl import SoteriaFL
 from clients.ledger import Accounted
+from clients.noise import normal
 from fedsim import registry, seeds
-from fedsim.defense import ClientContext, Defense
+from fedsim.defense import ClientContext, Defense, Rank
 from tests.clients.one_update import context
 
 SIZE = 5_000
@@ -27,6 +29,7 @@ FORMAL: list[Defense] = [
     DPSGD(),
     FedCDP(),
     SoteriaFL(keep=1.0),
+    DPFL(sensitivity="vector", activity="public"),
 ]
 
 
@@ -36,6 +39,11 @@ def noise(defense: Defense, ctx: ClientContext) -> Tensor:
         model = nn.Sequential(nn.Flatten(), nn.Linear(100, 50, bias=False))
         empty = torch.empty(0, 1, 10, 10), torch.empty(0, dtype=torch.int64)
         return defense.gradients(model, empty, ctx)["1.weight"].flatten()
+    if isinstance(defense, DPFL):
+        ctx.trainee = nn.Sequential(nn.Linear(10, SIZE // 10, bias=False))
+        ctx.batch = torch.empty(0, 10), torch.empty(0, dtype=torch.int64)
+        upload = {"0.weight": torch.zeros(SIZE // 10, 10)}
+        return defense.transform_update(upload, ctx)["0.weight"].flatten()
     return defense.transform_update({"a": torch.zeros(SIZE)}, ctx)["a"]
 
 
@@ -45,8 +53,11 @@ def correlation(one: Tensor, other: Tensor) -> float:
 
 def test_every_formal_defense_of_a_client_is_here() -> None:
     known = registry.components("defense").values()
-    accounted = {one for one in known if issubclass(one, Accounted)}
-    assert accounted <= {type(defense) for defense in FORMAL}
+    classes = [one for one in known if isinstance(one, type) and issubclass(one, Defense)]
+    promising = {one for one in classes if one.privacy is not Defense.privacy}
+    at_the_server = {one for one in classes if one.rank is Rank.SERVER}
+    assert promising - at_the_server == {type(defense) for defense in FORMAL}
+    assert {one for one in classes if issubclass(one, Accounted)} <= promising
 
 
 @pytest.mark.parametrize("defense", FORMAL, ids=lambda defense: defense.name)
@@ -65,7 +76,11 @@ def test_no_public_generator_gives_the_noise(
         for end in endings
         for own in ((name,), ())
     ]
-    guesses = [torch.randn(SIZE, generator=made()) for made in public]
+    zeros = torch.zeros(SIZE)
+    guesses = [
+        laplace(zeros, made()) if isinstance(defense, DPFL) else normal(zeros, made())
+        for made in public
+    ]
     monkeypatch.setenv("FEDSIM_SECRET_KEY", "22" * 32)  # somebody else's machine
     guesses.append(noise(defense, context(round=3)))
     assert max(correlation(theirs, guess) for guess in guesses) < 5 / SIZE**0.5

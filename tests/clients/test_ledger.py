@@ -96,6 +96,15 @@ def test_other_noise_behind_a_clip_is_in_a_ledger_too(
     assert part.epsilon.epsilon == pytest.approx(epsilon((Release(2.0, count=2),), DELTA))
 
 
+def test_laplace_noise_for_whole_vectors_is_in_a_ledger_too(tmp_path: Path) -> None:
+    defense = "dpfl(epsilon=10.0, sensitivity='vector', activity='public')"
+    ran = federated(tmp_path, {"defenses": defense, "federation.rounds": 2})
+    (part,) = defense_parts(list(ran.vault), ran.federation)
+    assert [(spent.releases, spent.epsilon) for spent in part.spent] == [(2, 20.0)] * 4
+    assert part.epsilon is not None
+    assert (part.epsilon.epsilon, part.epsilon.delta) == (20.0, 0.0)
+
+
 def test_every_local_step_of_noise_is_a_release(tmp_path: Path) -> None:
     defenses = "clip(norm=0.5, at='gradient') | gaussian(std=2.0, at='gradient')"
     changes = {"defenses": defenses, "federation.local": "fedavg(batch_size=100, epochs=2)"}

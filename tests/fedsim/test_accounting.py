@@ -105,6 +105,15 @@ def test_noise_too_little_for_its_square_counts_as_none() -> None:
         assert math.isinf(epsilon((Release(1e-200, rate),), DELTA))
 
 
+def test_what_needs_no_delta_adds_up_beside_the_rest() -> None:
+    laplace, gaussian = Release(0.0, count=3, pure=2.0), Release(1.0, 0.1, 20)
+    assert epsilon((laplace,), 0.0) == 6.0
+    assert epsilon((laplace, gaussian), DELTA) == 6.0 + epsilon((gaussian,), DELTA)
+    assert merged((laplace, laplace)) == (Release(0.0, 1.0, 6, 2.0),)
+    assert exceeds((laplace,), DELTA, 5.9)
+    assert not exceeds((laplace,), DELTA, 6.0)
+
+
 def test_equal_releases_are_counted_together() -> None:
     one, other = Release(1.0, 0.5, 2), Release(2.0, 0.5, 1)
     assert merged((one, other, one)) == (Release(1.0, 0.5, 4), other)

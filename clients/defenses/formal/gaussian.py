@@ -48,8 +48,8 @@ class Gaussian(Defense):
         year=2020,
         published="no figure for reconstruction",
         measured="ratio attack on a first linear layer, gradient norm 12, std 1e-4 / 1e-3 / 1e-2 / "
-        "1e-1: best row 56.6 / 36.6 / 17.2 / 7.3 dB, least squares 71.2 / 51.0 / 21.7 / 5.7 dB, "
-        "means over 20 secret keys (pytest tests/clients/test_defenses_table.py); fedsim run "
+        "1e-1: best row 56.6 / 36.7 / 17.1 / 7.3 dB, least squares 70.9 / 50.5 / 21.5 / 5.7 dB, "
+        "means over 64 secret keys (pytest tests/clients/test_defenses_table.py); fedsim run "
         "scenarios/robbing_the_fed_noised.toml (clipped to 1): 6 of 256 images at 20 dB with std "
         "1e-3, 181 with 1e-4",
     )

@@ -28,6 +28,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from clients.defenses.toy import RATIO_ATTACK
+from clients.ledger import record, released
+from fedsim.accounting import Release
 from fedsim.attack import Paper, Setting, ToyCase
 from fedsim.defense import ClientContext, Defense, Place, Privacy, Rank, Tensors, TrainingPlan
 from fedsim.registry import register
@@ -107,6 +109,9 @@ class DPFL(Defense):
             "smallest_scale": min(scales.values()),
             "largest_scale": max(scales.values()),
         }
+        if self._promises(ctx.plan):
+            record(ctx, self.name, (Release(0.0, pure=self.epsilon),))
+            ctx.effect(self).releases = released(ctx, self.name)
         return {
             name: tensor.clamp(-limit, limit) + scales[name] * laplace(tensor, generator)
             for name, tensor in update.items()
@@ -165,7 +170,7 @@ class DPFL(Defense):
         the layers' epsilon_l sum to epsilon, the rounds add up.  The shares are of the model
         received and of public images, if the model is: FedAvg's has seen private ones by then.
         """
-        if self.sensitivity != "vector" or self.activity != "public" or plan.kind != "gradient":
+        if not self._promises(plan):
             return None
         return Privacy(
             epsilon=self.epsilon * plan.rounds,
@@ -175,6 +180,10 @@ class DPFL(Defense):
             mechanism=f"Laplace for each layer, entries clamped to {self.limit(plan):g}, "
             f"{plan.rounds} releases, no amplification",
         )
+
+    def _promises(self, plan: TrainingPlan) -> bool:
+        whole = self.sensitivity == "vector" and self.activity == "public"
+        return whole and plan.kind == "gradient"
 
 
 def positive_shares(model: nn.Module, images: Tensor) -> dict[str, float]:
