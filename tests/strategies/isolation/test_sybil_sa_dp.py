@@ -84,8 +84,9 @@ def test_without_noise_the_sum_is_the_targets_own_image(cohort: int, tmp_path: P
 @pytest.mark.parametrize("cohort", [2, 8])
 @pytest.mark.parametrize("sigma", [0.001, 0.003, 0.01, 0.03])
 def test_the_bound_of_clipping_and_noise_is_neared_and_never_exceeded(
-    cohort: int, sigma: float, tmp_path: Path
+    cohort: int, sigma: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("FEDSIM_SECRET_KEY", "44" * 32)
     ran = hunted(tmp_path, cohort, sigma, **{"federation.rounds": 3})
     for view, one in zip(ran.views, caught(ran), strict=True):
         record = ran.vault.record(view.senders[0], view.round)
