@@ -75,7 +75,7 @@ def main() -> None:
         if given.only is None or row.name in given.only:
             told, before = line(row, before, given.rounds)
             text += told + "\n"
-    given.page.write_text(text)
+            given.page.write_text(text)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ Each defense at three strengths (weakest first) where it has a strength. Leak ra
 [defenses.md](defenses.md)). Accuracy: 8 clients, examples dealt out {partitions} (Dirichlet's alpha
 is 0.5); `digits`: five rounds of one local epoch in batches of 8 at rate 0.1; `cifar10`: 4,000
 images, ten rounds of one local epoch in batches of 32 at rate 0.05. "refused" under accuracy: the
-defense cannot be put in place, or changes nothing there. Rows that are missing were not run.
+defense cannot be put in place, or changes nothing there. What is missing was not run.
 
 One command: `{command}`.
 """
@@ -67,15 +67,20 @@ class Cells:
                 found.append((report["leak"]["leak_rate"] if report["leak"] else 0.0, title))
         return max(found, default=None)
 
-    def accuracy(self, row: Row, data: str, partition: str) -> float | None:
-        """Return the accuracy after ten rounds; None where the defense cannot be put in place."""
+    def accuracy(self, row: Row, data: str, partition: str) -> str:
+        """Return the accuracy after training, or why there is none; "" where it was not run."""
         flat = TRAINING | row.keys | PARTITIONS[partition]
         if data == "digits":
             flat |= DIGITS
         else:
             flat |= {"data.dataset": cifar(self.out, range(4000), "four-thousand")}
-        report = trained(flat, self.out, COMMAND, finished=self.finished)
-        return None if "refused" in report else report["federation"]["accuracy"]["after"]
+        try:
+            report = trained(flat, self.out, COMMAND, finished=self.finished)
+        except NotRunError:
+            return ""
+        return (
+            "refused" if "refused" in report else f"{report['federation']['accuracy']['after']:.3f}"
+        )
 
 
 def section(cells: Cells, data: str, partitions: list[str], chosen: list[Row], page: Path) -> str:
@@ -86,17 +91,19 @@ def section(cells: Cells, data: str, partitions: list[str], chosen: list[Row], p
     for row in chosen:
         try:
             leaked = cells.leak(row, data)
-            found = {name: cells.accuracy(row, data, name) for name in partitions}
         except NotRunError:
+            continue
+        found = {name: cells.accuracy(row, data, name) for name in partitions}
+        if not any(found.values()):
             continue
         told = [f"`{row.expression}`".replace("|", "\\|")]
         told += [f"{leaked[0]:.2f}", leaked[1]] if leaked else ["refused", ""]
-        told += ["refused" if one is None else f"{one:.3f}" for one in found.values()]
+        told += found.values()
         lines.append(f"| {' | '.join(told)} |")
         for name, after in found.items():
-            if leaked and after is not None:
-                curves[name][row.name].append((leaked[0], after, ""))
-    for name in partitions:
+            if leaked and after not in ("", "refused"):
+                curves[name][row.name].append((leaked[0], float(after), ""))
+    for name in (name for name in partitions if curves[name]):
         picture = page.with_name(f"{page.stem}-{data}-{name}.png")
         tradeoff_figure(curves[name], picture, f"{data}, {name}")
         lines += ["", f"![Accuracy against leak rate, {data}, {name}]({picture.name})"]
