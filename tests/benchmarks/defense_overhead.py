@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from defense_rows import NOTHING, Row, measured, rows
+from defense_rows import NOTHING, Row, rows
+from defense_table import trained
 
 COMMAND = "python tests/benchmarks/defense_overhead.py"
 SETTING: dict[str, Any] = {
@@ -29,7 +30,8 @@ HEAD = """# What a defended round costs
 
 Photo tiles, `convnet(stride=2)`, 4 clients, one local epoch in batches of 32, one thread: seconds
 of the fastest round after the first, as a ratio to undefended rounds before and after it, and bytes
-sent up, as a ratio too.
+sent up, as a ratio too. Rows that are missing were not run: `dcs2`, `refiner` and `obscure` take
+minutes for each batch.
 
 One command: `{command}`.
 
@@ -42,7 +44,7 @@ def fastest(row: Row, rounds: int) -> tuple[float, float] | str:
     """Return seconds of the fastest round after the first and bytes up, or why there are none."""
     with tempfile.TemporaryDirectory() as out:
         flat = SETTING | row.keys | {"federation.rounds": rounds}
-        report = measured(flat, Path(out), COMMAND)
+        report = trained(flat, Path(out), COMMAND)
     if "refused" in report:
         return f"refused: {report['refused'].split(';')[0]}"
     return min(report["federation"]["round_seconds"][1:]), report["federation"]["bytes_up"]

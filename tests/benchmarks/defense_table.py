@@ -15,7 +15,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from defense_rows import NotRunError, Row, cifar, measured, rows
+from cifar_images import cifar
+from defense_rows import NotRunError, Row, measured, rows
 
 from fedsim import registry
 from fedsim.attack import Manipulation
@@ -76,8 +77,9 @@ of 8 clients. `adaptive`: the attack that knows of the defense, where one is nam
 rounds of 8 clients with 4,000 images, and the seconds and bytes sent up of these rounds. In
 parentheses is what was changed where a defense does nothing, or refuses: three local steps, the
 network in train mode, 8 or 32 images a client. "nothing": every client refused, or the attack
-returned nothing. LPIPS is not computed: its weights were not at hand. Seconds are of a machine that
-did other things too; [what a defended round costs](defenses-overhead.md) was measured in turns.
+returned nothing. Rows that are missing were not run. LPIPS is not computed: its weights were not at
+hand. Seconds are of a machine that did other things too; [what a defended round
+costs](defenses-overhead.md) was measured in turns.
 
 One command: `{command}`.
 

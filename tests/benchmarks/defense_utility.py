@@ -16,7 +16,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from defense_rows import NotRunError, Row, cifar, rows
+from cifar_images import cifar
+from defense_rows import NotRunError, Row, rows
 from defense_table import ATTACKS, TRAINING, trained, varied
 
 from fedsim.report.tradeoff import Point, tradeoff_figure

@@ -17,16 +17,13 @@ import argparse
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors.torch import save_file
+from cifar_images import cifar
 
 from fedsim.engines.inline import run_inline
 from fedsim.errors import NotGranted, RunFailed, ScenarioError
@@ -216,31 +213,6 @@ class Cell:
         return f"{self.network}-{'trained' if self.trained else 'untrained'}-{self.batch}"
 
 
-def stored(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return images (uint8) and labels of one file of CIFAR-10."""
-    folder = os.environ.get("FEDSIM_TEST_DATA")
-    if folder is None:
-        raise SystemExit("FEDSIM_TEST_DATA names no folder with cifar10/train_1.npz")
-    with np.load(Path(folder) / "cifar10" / f"{name}.npz") as file:
-        return torch.from_numpy(file["x"]), torch.from_numpy(file["y"]).long()
-
-
-def write_data(out: Path, places: Sequence[int], name: str) -> str:
-    """Write some training images, test images as surrogate; return the data set's expression."""
-    file = (out / f"{name}.safetensors").absolute()
-    images, labels = stored("train_1")
-    others, theirs = stored("test_1")
-    chosen = torch.tensor(places)
-    content = {
-        "images": images[chosen].contiguous(),
-        "labels": labels[chosen].contiguous(),
-        "test_images": others.contiguous(),
-        "test_labels": theirs.contiguous(),
-    }
-    save_file(content, file, metadata={"classes": json.dumps([str(c) for c in range(10)])})
-    return f"tensors(path='{file}')"
-
-
 def run(flat: dict[str, Any], out: Path) -> Path:
     """Run a scenario; return its folder."""
     common = {"federation.threads": 1, "federation.timeout": 6000.0, "output.dir": str(out)}
@@ -259,7 +231,7 @@ def captured(cell: Cell, out: Path) -> Path:
         "threat-model": "B",
         "attack": "inverting-gradients(iterations=1)",
         "model.name": network.model,
-        "data.dataset": write_data(out, list(PLACES), "twenty"),
+        "data.dataset": cifar(out, PLACES, "twenty"),
         "federation.clients": clients,
         "federation.local": network.local.format(b=cell.batch, half=max(1, cell.batch // 2)),
         **network.changes,
@@ -282,7 +254,7 @@ def trained(network: str, out: Path) -> Path:
             "title": f"train {network}",
             "model.name": NETWORKS[network].model,
             "model.batchnorm": "shared" if NETWORKS[network].batchnorm else "frozen",
-            "data.dataset": write_data(out, range(10_000), "first-file"),
+            "data.dataset": cifar(out, range(10_000), "first-file"),
             "federation.clients": 1,
             "federation.local": "fedavg(epochs=1, batch_size=32, lr=0.05)",
         }
