@@ -30,9 +30,9 @@ HEAD = """# What a defended round costs
 
 Photo tiles, `convnet(stride=2)`, 4 clients, one local epoch in batches of 32, one thread: seconds
 of the fastest round after the first, as a ratio to undefended rounds before and after it, and bytes
-sent up, as a ratio too. Ratios scatter by some 15 %: of rounds where nothing is added they lie
-between 0.85 and 1.15. Rows that are missing were not run: `dcs2`, `refiner`, `obscure` and `soteria`
-take minutes for each round.
+sent up, as a ratio too. Ratios scatter by some 15 %: where nothing is added they lie between 0.85
+and 1.15. Rows that are missing were not run: `dcs2`, `refiner`, `obscure`, `soteria` take minutes
+for each round.
 
 One command: `{command}`.
 
