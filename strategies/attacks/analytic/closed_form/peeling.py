@@ -38,7 +38,7 @@ from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
 from strategies.attacks.analytic.closed_form.linear_inversion import ReadingLayer, reading_layer
 from strategies.attacks.analytic.closed_form.sparse_columns import factorize
-from strategies.attacks.analytic.closed_form.spear import label_slopes, rectified
+from strategies.attacks.analytic.closed_form.spear import label_slopes, mixed_examples, rectified
 
 # Two verified ratios are of the same example if their g are this parallel.
 PARALLEL = 0.99
@@ -119,14 +119,7 @@ class Peeling(Attack):
 
     def check_setting(self, setting: Setting) -> None:
         """Refuse batches that the layer's rank cannot tell from mixtures."""
-        layer = reading_layer(setting.model, self.layer).name
-        most = min(setting.model.get_parameter(f"{layer}.weight").shape) - 1
-        mixed = sum(setting.uploads[: setting.cohort if setting.channel.aggregates else 1])
-        if mixed > most:
-            raise ValueError(
-                f"an update mixes {mixed} examples and more, and {layer!r} can verify {most}; "
-                "use a wider layer (mlp(hidden=[...])), or let fewer examples come together"
-            )
+        mixed_examples(setting, reading_layer(setting.model, self.layer).name)
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Return what was verified of each view; a view may have nothing."""

@@ -119,14 +119,7 @@ class Spear(Attack):
 
     def check_setting(self, setting: Setting) -> None:
         """Refuse batches that are all too large for the layer, or for the draws allowed."""
-        layer = reading_layer(setting.model, self.layer).name
-        most = min(setting.model.get_parameter(f"{layer}.weight").shape) - 1
-        mixed = sum(setting.uploads[: setting.cohort if setting.channel.aggregates else 1])
-        if mixed > most:
-            raise ValueError(
-                f"an update mixes {mixed} examples and more, and {layer!r} can tell {most} apart; "
-                "use a wider layer (mlp(hidden=[...])), or let fewer examples come together"
-            )
+        mixed = mixed_examples(setting, reading_layer(setting.model, self.layer).name)
         if expected_draws(mixed) > self.draws:
             raise ValueError(
                 f"an update mixes {mixed} examples and more, which takes about "
@@ -254,6 +247,24 @@ def unmixed(factors: Factors, columns: Tensor, bias: Tensor, layer: tuple[Tensor
     on = inputs @ layer[0].T + layer[1] > 0  # [r, m]
     nonzero = unscaled.T.abs() > factors.clear
     return Batch(inputs, factors.left @ mixing, (on == nonzero).double().mean(dim=1))
+
+
+def mixed_examples(setting: Setting, layer: str) -> int:
+    """Return how many examples the smallest update mixes.
+
+    Raises
+    ------
+    ValueError
+        If the layer's gradient has too small a rank to tell so many apart.
+    """
+    most = min(setting.model.get_parameter(f"{layer}.weight").shape) - 1
+    mixed = sum(setting.uploads[: setting.cohort if setting.channel.aggregates else 1])
+    if mixed > most:
+        raise ValueError(
+            f"an update mixes {mixed} examples and more, and {layer!r} can tell {most} apart; "
+            "use a wider layer (mlp(hidden=[...])), or let fewer examples come together"
+        )
+    return mixed
 
 
 def named(model: nn.Module, layer: str, images: Tensor, gradients: Tensor) -> Tensor:
