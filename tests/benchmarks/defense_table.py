@@ -165,9 +165,12 @@ def page(chosen: list[Row], out: Path, *, finished: bool) -> str:
             cells = [f"`{row.expression}`"]
             cells += [cell(row, title, out, finished=finished) for title in ATTACKS]
             cells.append(adaptive(row, out, finished=finished))
-            cells += accuracy(row, out, finished=finished)
         except NotRunError:
             continue
+        try:
+            cells += accuracy(row, out, finished=finished)
+        except NotRunError:
+            cells += ["not run", "", ""]
         lines.append("| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |")
     return HEAD.format(command=COMMAND) + "\n".join(lines) + "\n"
 

@@ -73,6 +73,12 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "spear": ("spear", "B", "none"),
     "r-gap": ("r-gap", "B", "none"),
     "april": ("april", "B", "none"),
+    "peeling": ("peeling", "B", "none"),
+    "joint-inversion": (
+        "joint-inversion(defense='spn', iterations={n}, restarts=1, tv=1e-2)",
+        "C",
+        "none",
+    ),
     "gradvit": ("gradvit(iterations={n}, tv=2.0, patch=0.2, image=0.02)", "D", "none"),
     "dropout-inversion": ("dropout-inversion(iterations={n}, tv=1e-2)", "B", "none"),
     "rog": ("rog(pairs=32, steps=200)", "D", "none"),
@@ -144,7 +150,9 @@ NETWORKS = {
     "lenet": Network("lenet"),
     "resnet20": Network("resnet20(width=8)"),
     "mlp": Network(
-        "mlp(hidden=[400], normalize=True)", (PLAIN, "linear-inversion", "spear"), about="exact"
+        "mlp(hidden=[400], normalize=True)",
+        (PLAIN, "linear-inversion", "spear", "peeling"),
+        about="exact",
     ),
     "cnn6": Network("cnn6", (PLAIN, "r-gap"), about="exact, for one image"),
     "vit": Network(
@@ -170,6 +178,12 @@ NETWORKS = {
         (PLAIN, "mjolnir", "bayes, told the noise", "learning-to-invert, told the noise"),
         changes={"defenses": "gaussian(std=0.02)"},
         about="uploads `gaussian(std=0.02)`",
+    ),
+    "private": Network(
+        CONVNET,
+        (PLAIN, "joint-inversion"),
+        changes={"defenses": "spn"},
+        about="clients keep a branch of the network to themselves (`spn`)",
     ),
     "rounds": Network(
         CONVNET,
@@ -340,16 +354,35 @@ def page(
 ) -> str:
     """Return the page."""
     places = f"{PLACES[0]}, {PLACES[1]}, {PLACES[2]} ... {PLACES[-1]}"
-    lines = [HEAD.format(places=places, iterations=iterations, command=COMMAND)]
+    head = HEAD.format(places=places, iterations=iterations, command=COMMAND)
+    tables, found = [], dict[Cell, dict[str, dict[str, Any]]]()
     for cell in cells:
         fitting = [m for m in NETWORKS[cell.network].methods if m in methods]
         if not NETWORKS[cell.network].batchnorm:
             fitting = [m for m in fitting if "batchnorm" not in METHODS[m][2]]
         tried = {m: attacked(cell, m, iterations, out, finished=finished) for m in fitting}
-        results = {method: found for method, found in tried.items() if found}
+        results = {method: one for method, one in tried.items() if one}
         if results:
-            lines += table(cell, results)
-    return "\n".join(lines)
+            found[cell] = results
+            tables += table(cell, results)
+    return "\n".join([head, *summary(found), *tables])
+
+
+def summary(found: dict[Cell, dict[str, dict[str, Any]]]) -> list[str]:
+    """Return the lines of one table of mean PSNR, a row for each network and method."""
+    columns = [(trained, size) for trained in (False, True) for size in SIZES]
+    names = [f"{'trained' if trained else 'untrained'}, {size}" for trained, size in columns]
+    floors = [r["floor"] for one in found.values() for r in one.values() if r.get("floor")]
+    told = f" (floor {min(floors):.1f} to {max(floors):.1f} dB)" if floors else ""
+    lines = [f"## Mean PSNR of all, by batch size{told}", ""]
+    lines += [f"| network | attack | {' | '.join(names)} |", "|" + " --- |" * (2 + len(names))]
+    for network in dict.fromkeys(cell.network for cell in found):
+        cells = [found.get(Cell(network, *column), {}) for column in columns]
+        for method in dict.fromkeys(method for results in cells for method in results):
+            figures = (results.get(method, {}).get("psnr") for results in cells)
+            values = ("" if figure is None else f"{figure:.1f}" for figure in figures)
+            lines.append(f"| {network} | {method} | {' | '.join(values)} |")
+    return [*lines, ""]
 
 
 def table(cell: Cell, results: dict[str, dict[str, Any]]) -> list[str]:
@@ -374,7 +407,8 @@ def table(cell: Cell, results: dict[str, dict[str, Any]]) -> list[str]:
 def row(method: str, found: dict[str, Any], plain: float | None) -> str:
     """Return one line of a table."""
     if "refused" in found:
-        return f"| {method} | refused |" + " |" * 7
+        reason = found["refused"].split(";")[0].replace("|", "\\|")
+        return f"| {method} | refused: {reason} |" + " |" * 7
     beside = "" if plain is None else f"{found['psnr'] - plain:+.1f}"
     labels = "" if found["labels"] is None else f"{found['labels']:.2f}"
     return (
