@@ -372,7 +372,8 @@ def summary(found: dict[Cell, dict[str, dict[str, Any]]]) -> list[str]:
     """Return the lines of one table of mean PSNR, a row for each network and method."""
     columns = [(trained, size) for trained in (False, True) for size in SIZES]
     names = [f"{'trained' if trained else 'untrained'}, {size}" for trained, size in columns]
-    floors = [r["floor"] for one in found.values() for r in one.values() if r.get("floor")]
+    plain = (one.get(NETWORKS[cell.network].methods[0], {}) for cell, one in found.items())
+    floors = [one["floor"] for one in plain if one.get("floor")]
     told = f" (floor {min(floors):.1f} to {max(floors):.1f} dB)" if floors else ""
     lines = [f"## Mean PSNR of all, by batch size{told}", ""]
     lines += [f"| network | attack | {' | '.join(names)} |", "|" + " --- |" * (2 + len(names))]
