@@ -123,6 +123,12 @@ WITHOUT_BATCHNORM = {
 }
 ON_ONE_GRADIENT = tuple(METHODS)[: list(METHODS).index("dlg, ten times as long") + 1]
 PLAIN = "inverting-gradients"
+WITH_STATISTICS = (
+    PLAIN,
+    "gradattack",
+    "gradattack, exact statistics and labels",
+    "see-through-gradients, exact statistics",
+)
 
 
 @dataclass(frozen=True)
@@ -149,6 +155,7 @@ NETWORKS = {
     "lenet-tanh": Network("lenet(activation='tanh', init='default')"),
     "lenet": Network("lenet"),
     "resnet20": Network("resnet20(width=8)"),
+    "resnet18": Network("resnet18", WITH_STATISTICS, about="torchvision's, with its stem"),
     "mlp": Network(
         "mlp(hidden=[400], normalize=True)",
         (PLAIN, "linear-inversion", "spear", "peeling"),
