@@ -140,12 +140,16 @@ def _dlg(**settings: Any) -> Case:
     )
 
 
-def _stg(**settings: Any) -> Case:
-    """Return a case of See-through-gradients: one seed, no noise, no group."""
+def _stg(strength: float = 1.0, **settings: Any) -> Case:
+    """Return a case of See-through-gradients: one seed, no noise, no group.
+
+    ``strength`` times the weight of the gradients' distance that either side's settings have.
+    """
     return Case(
         ours=lambda iterations, restarts: SeeThroughGradients(
             iterations=iterations,
             seeds=restarts,
+            gradient=1e-3 * strength,
             tv=1e-4 * STEPS,
             group=0,
             noise=0,
@@ -155,11 +159,11 @@ def _stg(**settings: Any) -> Case:
         overrides=lambda iterations: [
             f"optim.max_iterations={iterations}",
             "optim.langevin_noise=0",
+            f"objective.scale={1e-4 * strength}",
             "+regularization.deep_inversion.first_bn_multiplier=1",
         ],
         threat_model="E",
-        iterations=300,
-        **{"expression": "convnet(stride=2, norm='batch')", **settings},
+        **{"expression": "convnet(stride=2, norm='batch')", "iterations": 300, **settings},
     )
 
 
@@ -175,6 +179,7 @@ CASES: dict[str, Case] = {
     "dlg-1": _dlg(iterations=1000),
     "dlg-16-targets": _dlg(targets=16, together=True, iterations=1000, timed=40),
     "stg-1": _stg(targets=8),
+    "stg-1-strong": _stg(1000.0, targets=8, iterations=1500),
     "stg-16-targets": _stg(targets=16, together=True, timed=60),
     "stg-1-wide": _stg(targets=4, expression=WIDE),
     "stg-16-wide": _stg(targets=16, together=True, expression=WIDE, timed=60),
