@@ -5,8 +5,8 @@
 
 Photo tiles, a convnet, 4 clients, one local epoch of batches of 32.  Each defense is run between
 two undefended federations, and its ratio is to the mean of the two, of the fastest round after the
-first: so that what else the machine does weighs on both alike.  Those of ``--one-step`` take minutes for a
-batch: they and their undefended federations take two rounds of one step.
+first: so that what else the machine does weighs on both alike.  Those of ``--one-step`` take
+minutes for a batch: they and their undefended federations take two rounds of one step.
 """
 
 import argparse
@@ -37,8 +37,8 @@ HEAD = """# What a defended round costs
 Photo tiles, `convnet(stride=2)`, 4 clients, one local epoch in batches of 32, one thread: seconds
 of the fastest round after the first, as a ratio to undefended rounds before and after it, and bytes
 sent up, as a ratio too. Ratios scatter by some 15 %: where nothing is added they lie between 0.85
-and 1.15. "(one step)": one batch a round and two rounds, on both sides. Rows that are missing were not
-run.
+and 1.15. "(one step)": one batch a round and two rounds, on both sides. Rows that are missing were
+not run.
 
 One command: `{command}`.
 
