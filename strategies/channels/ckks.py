@@ -39,7 +39,7 @@ from functools import cached_property
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import numpy as np
 from flwr.app import (
@@ -62,7 +62,7 @@ from fedsim.channel import Channel
 from fedsim.population import Population, client_of
 from fedsim.registry import register
 from strategies.channels.secagg import possible_uploads
-from strategies.channels.trusted_sum import SummingGrid, refuse_alone
+from strategies.channels.trusted_sum import SUMS, SummingGrid, refuse_alone
 
 #: Bits of coefficient modulus that leave 128 bits of security (HomomorphicEncryption.org, 2018).
 SECURE_BITS = {4096: 109, 8192: 218, 16384: 438, 32768: 881}
@@ -94,6 +94,8 @@ class Ckks(Channel):
     keys: str = ""
     spent: "Spent" = field(default_factory=lambda: Spent(), init=False, repr=False, compare=False)
 
+    strengths: ClassVar[tuple[str, ...]] = ()  # of what the server reads none changes anything
+    adversary: ClassVar[str] = SUMS
     aggregates = True
     masks = True
 
