@@ -31,7 +31,7 @@ def test_it_passes_every_check_against_the_middle_strength(tmp_path: Path, row: 
     check(Parts(scenario(tmp_path, {**changes, **ASKED.get(row.name, {})})))
 
 
-@pytest.mark.parametrize("kind", ["channel"])
+@pytest.mark.parametrize("kind", ["defense", "channel"])
 def test_everything_names_one_but_detectors(kind: str) -> None:
     """What a detector lets pass is its own table: docs/detection.md."""
     components = registry.components(kind).items()
