@@ -13,6 +13,7 @@ from tests.fedsim.small import scenario
 NAMED = [row for row in rows() if row.adversary]
 #: What a defense asks for.
 ASKED: dict[str, dict[str, Any]] = {
+    "distributed-dp": {"federation.clients": 8},
     "dropout": {"model.batchnorm": "private"},
     "lr-perturbation": {"federation.local": "fedavg(epochs=3, batch_size=1, lr=0.01)"},
 }
