@@ -75,6 +75,8 @@ INSTALL = "ckks needs TenSEAL, which is not installed: pip install -e '.[he]'"
 class Ckks(Channel):
     """Clients encrypt with a key that the server never holds; it gets the decrypted sum.
 
+    It has no strength: whatever the parameters, the server reads the same sum.
+
     Parameters
     ----------
     poly_modulus_degree : int
@@ -94,7 +96,6 @@ class Ckks(Channel):
     keys: str = ""
     spent: "Spent" = field(default_factory=lambda: Spent(), init=False, repr=False, compare=False)
 
-    strengths: ClassVar[tuple[str, ...]] = ()  # of what the server reads none changes anything
     adversary: ClassVar[str] = SUMS
     aggregates = True
     masks = True
