@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +29,11 @@ class Channel(ABC):
 
     #: Whether values are rounded to a grid of the protocol's own, far coarser than their type's.
     quantizes: ClassVar[bool] = False
+
+    #: As of a :class:`fedsim.defense.Defense`.
+    strengths: ClassVar[tuple[str, ...]] = ()
+    adversary: ClassVar[str] = ""
+    adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {}
 
     def check(self, clients: int, largest_weight: int) -> None:  # noqa: B027 - most carry any
         """Refuse what the protocol cannot carry (``ValueError``).

@@ -226,6 +226,9 @@ class Defense:
     #: The strongest attack there is on it that knows of it, and of the middle of the strengths; ""
     #: where it is none but the usual.
     adversary: ClassVar[str] = ""
+    #: Scenario keys that this attack wants otherwise than usual, by their dotted names: a round is
+    #: not enough for it, or one client, or the model is not what it reads.
+    adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {}
     #: Whether this defense must change uploads; a detector or a data defense need not.
     changes_upload: ClassVar[bool] = True
     #: Whether its guarantee is of a sum over clients: there is none where uploads are read singly,

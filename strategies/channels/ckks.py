@@ -39,7 +39,7 @@ from functools import cached_property
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import numpy as np
 from flwr.app import (
@@ -62,7 +62,7 @@ from fedsim.channel import Channel
 from fedsim.population import Population, client_of
 from fedsim.registry import register
 from strategies.channels.secagg import possible_uploads
-from strategies.channels.trusted_sum import SummingGrid, refuse_alone
+from strategies.channels.trusted_sum import SUMS, SummingGrid, refuse_alone
 
 #: Bits of coefficient modulus that leave 128 bits of security (HomomorphicEncryption.org, 2018).
 SECURE_BITS = {4096: 109, 8192: 218, 16384: 438, 32768: 881}
@@ -74,6 +74,8 @@ INSTALL = "ckks needs TenSEAL, which is not installed: pip install -e '.[he]'"
 @dataclass(frozen=True, kw_only=True)
 class Ckks(Channel):
     """Clients encrypt with a key that the server never holds; it gets the decrypted sum.
+
+    It has no strength: whatever the parameters, the server reads the same sum.
 
     Parameters
     ----------
@@ -94,6 +96,7 @@ class Ckks(Channel):
     keys: str = ""
     spent: "Spent" = field(default_factory=lambda: Spent(), init=False, repr=False, compare=False)
 
+    adversary: ClassVar[str] = SUMS
     aggregates = True
     masks = True
 

@@ -19,7 +19,7 @@ channels of real enclaves are out of scope.  A server that manipulates what it s
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp.typing import ClientAppCallable
@@ -50,6 +50,12 @@ class EmulatedPpfl(Channel):
     #: Which arrays were inside in the last round.
     kept: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
+    strengths: ClassVar[tuple[str, ...]] = (
+        "emulated-ppfl(start=1, end=1)",
+        "emulated-ppfl(start=0, end=0)",
+        "emulated-ppfl(start=0, end=1)",
+    )
+    adversary: ClassVar[str] = "inverting-gradients(iterations=200, tv=1e-2)"
     aggregates = True
 
     def check(self, clients: int, largest_weight: int) -> None:  # noqa: ARG002

@@ -20,7 +20,7 @@ reads this one; an attack that turns gradients up to survive rounding runs into 
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from flwr.app import ArrayRecord, Context, Message
@@ -57,6 +57,12 @@ class EmulatedRofl(Channel):
     #: What the oracle saw: for the auditor, who alone is told norms.
     seen: "Seen" = field(default_factory=lambda: Seen(), init=False, repr=False, compare=False)
 
+    strengths: ClassVar[tuple[str, ...]] = (
+        "emulated-rofl(l2=1000.0)",
+        "emulated-rofl(l2=5.0)",
+        "emulated-rofl(l2=1.0)",
+    )
+    adversary: ClassVar[str] = "robbing-the-fed(units=256, gain=1.0)"
     aggregates = True
 
     def check(self, clients: int, largest_weight: int) -> None:  # noqa: ARG002

@@ -26,7 +26,7 @@ whoever lets sums of one through.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, ClassVar, cast
 
 from flwr.app import Context, Message
 from flwr.clientapp.typing import ClientAppCallable
@@ -36,7 +36,7 @@ from pydantic import Field
 from fedsim.channel import Channel
 from fedsim.population import Population, client_of
 from fedsim.registry import register
-from strategies.channels.trusted_sum import TrustedSumGrid, refuse_alone
+from strategies.channels.trusted_sum import SUMS, TrustedSumGrid, refuse_alone
 
 Weights = Mapping[int, float]  # by client
 
@@ -70,6 +70,12 @@ class EmulatedTapfed(Channel):
     min_cohort: Annotated[int, Field(ge=2)] = 3
     largest_share: Annotated[float, Field(gt=0, lt=1)] = 0.9
 
+    strengths: ClassVar[tuple[str, ...]] = (
+        "emulated-tapfed(min_cohort=2)",
+        "emulated-tapfed(min_cohort=3)",
+        "emulated-tapfed(min_cohort=4)",
+    )
+    adversary: ClassVar[str] = SUMS
     aggregates = True
 
     def check(self, clients: int, largest_weight: int) -> None:  # noqa: ARG002

@@ -29,7 +29,8 @@ coordinate one of two clients' true values and not whose.  **What it does not**:
 hidden, a coordinate that only one of the two moves (a class, a bias of one's own) tells whose it
 is; ``share`` of the coordinates are the other's, the rest true.  Keys are not authenticated.
 **What breaks it**: a partner that talks to the server (a sybil among them) knows the whole update
-from ``u_k`` and the fragments it got; attacks on sums add ``u_k + u_j`` and read a batch of two.
+from ``u_k`` and the fragments it got (``fragment-collusion``); attacks on sums add ``u_k + u_j``
+and read a batch of two.
 
 The paper's reputations (who is paired with whom, how uploads weigh) guard against poisoning and are
 not here.  Who is left without a partner, by an odd number or because the partner failed, sits the
@@ -40,7 +41,7 @@ import random
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
@@ -87,6 +88,15 @@ class Fragmented(Channel):
         Expected share of the coordinates that the two of a pair exchange; 0.309 is what the
         authors' code does.
     """
+
+    strengths: ClassVar[tuple[str, ...]] = (
+        "fragmented(share=0.05)",
+        "fragmented",
+        "fragmented(share=0.7)",
+    )
+    adversary: ClassVar[str] = (
+        "fragment-collusion(then='inverting-gradients(iterations=200, tv=1e-2)')"
+    )
 
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     #: How many pairs there were in each round so far, as the server counts.

@@ -17,7 +17,7 @@ clipping_range]`` and rounded stochastically to ``quantization_range`` steps.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import numpy as np
 from flwr.app import (
@@ -97,6 +97,14 @@ class SecAgg(Channel):
     strict: bool = False
     min_cohort: Annotated[int, Field(ge=2)] | None = None
 
+    strengths: ClassVar[tuple[str, ...]] = (
+        "secagg(quantization_range=16777216)",
+        "secagg",
+        "secagg(strict=True)",
+    )
+    adversary: ClassVar[str] = (
+        "secagg-unmasking(then='inverting-gradients(iterations=200, tv=1e-2)')"
+    )
     aggregates = True
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from flwr.app import (
@@ -38,14 +38,21 @@ from fedsim.population import Population, client_of
 from fedsim.registry import register
 from fedsim.spool import LazyArray
 
+#: The strongest attack on an exact sum: what it reads, it reads in a part of the sum that is one
+#: client's own.
+SUMS = "sparse-linear-layer(units=128)"
 STRIDE = 2**20  # values added at a time: their double-precision copy stays small
 
 
 @register("channel", "trusted-sum")
 @dataclass(frozen=True, kw_only=True)
 class TrustedSum(Channel):
-    """The server gets one exact weighted mean a round, and nothing of any single client."""
+    """The server gets one exact weighted mean a round, and nothing of any single client.
 
+    It has no strength: a sum is exact, and of as many clients as train.
+    """
+
+    adversary: ClassVar[str] = SUMS
     aggregates = True
 
     def check(self, clients: int, largest_weight: int) -> None:  # noqa: ARG002

@@ -3,25 +3,31 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedsim import registry
+from fedsim.attack import Active, Attack, Manipulation
 from fedsim.engines.inline import run_inline
 from fedsim.errors import RunFailed, ScenarioError
 from fedsim.scenario import Scenario
+from fedsim.threat import Capability
 
 
 @dataclass(frozen=True)
 class Row:
-    """A defense, or a channel, at one strength; ``adversary`` is who knows of it."""
+    """A defense, or a channel, at one strength.
+
+    ``adversary`` is who knows of it, ``asked`` the scenario keys that it wants otherwise.
+    """
 
     name: str
     expression: str
     channel: bool = False
     adversary: str = ""
+    asked: Mapping[str, str | int | float | bool] = field(default_factory=dict)
 
     @property
     def keys(self) -> dict[str, str]:
@@ -38,15 +44,29 @@ def rows(*, every_strength: bool = False) -> Iterator[Row]:
     A defense with strengths stands there with all of them, or with the middle one.
     """
     yield NOTHING
-    for name, made in registry.components("defense").items():
-        if ".detection." in made.__module__:
-            continue
-        strengths: Sequence[str] = getattr(made, "strengths", ()) or (name,)
-        chosen = strengths if every_strength else strengths[len(strengths) // 2 :][:1]
-        yield from (Row(name, s, adversary=getattr(made, "adversary", "")) for s in chosen)
-    for name in registry.components("channel"):
-        if name != "plain":
-            yield Row(name, name, channel=True)
+    made: Any  # a defense, or a channel: both say how strong they can be, and who knows of them
+    for kind in ("defense", "channel"):
+        for name, made in registry.components(kind).items():
+            if name == "plain" or ".detection." in made.__module__:
+                continue
+            strengths: Sequence[str] = made.strengths or (name,)
+            chosen = strengths if every_strength else strengths[len(strengths) // 2 :][:1]
+            told = kind == "channel", made.adversary, made.adversary_setting
+            yield from (Row(name, strength, *told) for strength in chosen)
+
+
+def against(row: Row) -> tuple[bool, dict[str, Any]]:
+    """Return whether a row's adversary changes the model, and the keys that put it in place.
+
+    The threat model is the strongest that the kind of attack needs: E of passive ones, G of active
+    ones, H of those that choose who trains.
+    """
+    attack: Attack = registry.build("attack", row.adversary, "attack")
+    letter = "G" if isinstance(attack, Active) else "E"
+    if Capability.SELECTION in attack.required:
+        letter = "H"
+    keys = {"threat-model": letter, "attack": row.adversary, **row.asked}
+    return isinstance(attack, Manipulation), keys
 
 
 class NotRunError(Exception):

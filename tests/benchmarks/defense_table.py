@@ -16,10 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_images import cifar
-from defense_rows import NotRunError, Row, measured, rows
-
-from fedsim import registry
-from fedsim.attack import Manipulation
+from defense_rows import NotRunError, Row, against, measured, rows
 
 COMMAND = "FEDSIM_TEST_DATA=... python tests/benchmarks/defense_table.py"
 ONE_EACH = {"federation.clients": 64, "federation.local": "fedsgd(batch_size=1, lr=0.1)"}
@@ -73,7 +70,8 @@ The same 64 CIFAR-10 images for all (training images 0, 100 ... 6300); a cell is
 at PSNR 20 dB, mean PSNR in dB, mean SSIM, and labels rightly named. `ratio`: `linear-inversion` on
 an `mlp`, one image a client. `matching`: `inverting-gradients`, 200 iterations, on a `convnet`, one
 image a client. `imprint`: `robbing-the-fed` with 128 bins before a `convnet`, 8 images from each
-of 8 clients. `adaptive`: the attack that knows of the defense, where one is named. Accuracy: ten
+of 8 clients. `adaptive`: the attack that knows of the defense, on the federation of `matching` or
+`imprint` but for what it asks for (`adversary_setting`). Accuracy: ten
 rounds of 8 clients with 4,000 images, and the seconds and bytes sent up of these rounds. In
 parentheses is what was changed where a defense does nothing, or refuses: three local steps, the
 network in train mode, 8 or 32 images a client. "nothing": every client refused, or the attack
@@ -100,10 +98,8 @@ def adaptive(row: Row, out: Path, *, finished: bool) -> str:
     if not row.adversary:
         return ""
     flat = {"title": "adaptive", "data.dataset": cifar(out, range(0, 6400, 100), "sixty-four")}
-    kind = registry.components("attack")[registry.parse(row.adversary, "attack")[0].name]
-    active = isinstance(kind, type) and issubclass(kind, Manipulation)
-    setting = ATTACKS["imprint"] if active else {**ATTACKS["matching"], "threat-model": "E"}
-    flat |= setting | row.keys | {"attack": row.adversary}
+    manipulates, keys = against(row)
+    flat |= ATTACKS["imprint" if manipulates else "matching"] | row.keys | keys
     return f"`{row.adversary}`: {told(flat, out, finished=finished)}"
 
 

@@ -95,6 +95,7 @@ class CentralDP(Defense):
         "central-dp(norm=0.1, sigma=0.1)",
         "central-dp(norm=0.1, sigma=1.0)",
     )
+    adversary: ClassVar[str] = "bayes(iterations=200, tv=0.1, defense='laplace(scale=0.005)')"
 
     norm: Norm = 1.0
     sigma: Annotated[float, Field(ge=0)] = 1.0

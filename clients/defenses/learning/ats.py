@@ -79,6 +79,9 @@ class Ats(Defense):
         "ats(policies='3-1-7')",
         "ats(policies='3-1-7+43-18-18')",
     )
+    # It returns T(x).  To undo T it would have to be known: each transform goes one of two ways, at
+    # random, and shifts throw rows away.
+    adversary: ClassVar[str] = "inverting-gradients(iterations=200, tv=1e-2)"
 
     policies: str = "3-1-7+43-18-18"
 

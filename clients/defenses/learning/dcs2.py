@@ -94,6 +94,8 @@ class DCS2(Defense):
         "dcs2(lambda_y=0.7)",
         "dcs2(lambda_y=0.9)",
     )
+    # Private images stay in the mixture; matching returns them and the concealed ones together.
+    adversary: ClassVar[str] = "robbing-the-fed(units=256)"
 
     iterations: Annotated[int, Field(ge=1)] = 20
     lr: Annotated[float, Field(gt=0)] = 0.1

@@ -77,6 +77,9 @@ class DigestNN(Defense):
         "digestnn(apart=0.5)",
         "digestnn(apart=0.9)",
     )
+    # It returns the stand-in.  Nothing here leads from there to the image: an inverter trained on
+    # public pairs is not built.
+    adversary: ClassVar[str] = "inverting-gradients(iterations=200, tv=1e-2)"
 
     width: Annotated[int, Field(ge=1)] = 16
     gain: Annotated[float, Field(gt=0)] = 8.0

@@ -33,6 +33,8 @@ from fedsim.registry import register
 class GradientMixing(Defense):
     """Draw each batch from one class of the client's, chosen by size; train on another loss.
 
+    It has two strengths: what mixes more is a larger batch, which is the federation's to choose.
+
     Parameters
     ----------
     objective : {"squared", "cross-entropy"}

@@ -56,6 +56,9 @@ class InstaHide(Mixing):
     )
     rank: ClassVar[Rank] = Rank.DATA
     strengths: ClassVar[tuple[str, ...]] = ("instahide(k=2)", "instahide(k=4)", "instahide(k=6)")
+    # It returns the encoding: un-mixing needs a span, which random signs leave none, and phase
+    # retrieval over many encodings is not built.
+    adversary: ClassVar[str] = "inverting-gradients(iterations=200, tv=1e-2)"
 
     def transform_batch(self, batch: Batch, ctx: ClientContext) -> Batch:
         """Mix, then flip: images ``[B * k, C, H, W]`` become ``[B, C, H, W]``."""

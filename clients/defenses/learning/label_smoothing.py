@@ -58,6 +58,7 @@ class LabelSmoothing(Defense):
         "label-smoothing(amount=0.5)",
         "label-smoothing(amount=0.9)",
     )
+    adversary: ClassVar[str] = "inverting-gradients(iterations=200, tv=1e-2)"
 
     amount: Annotated[float, Field(gt=-10, lt=1)] = 0.1
 

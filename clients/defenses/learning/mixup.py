@@ -13,6 +13,7 @@ Encoding?", IEEE S&P 2021).  With per-example clipping and noise the unit protec
 an example is in about k of them, so that an epsilon told for one step's examples is too small.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -49,3 +50,10 @@ class MixUp(Mixing):
     )
     rank: ClassVar[Rank] = Rank.DATA
     strengths: ClassVar[tuple[str, ...]] = ("mixup(k=2)", "mixup(k=4)", "mixup(k=6)")
+    adversary: ClassVar[str] = "unmixing(k=4)"
+    adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {
+        "model.name": "mlp(hidden=[256])",
+        "federation.clients": 8,
+        "federation.rounds": 48,
+        "federation.local": "fedsgd(batch_size=1, lr=0.01)",
+    }

@@ -80,6 +80,9 @@ class Refiner(Defense):
         "refiner(beta=1.0)",
         "refiner(beta=10.0)",
     )
+    # It returns the stand-in.  Nothing here leads from there to the image: an inverter trained on
+    # public pairs is not built.
+    adversary: ClassVar[str] = "inverting-gradients(iterations=200, tv=1e-2)"
 
     iterations: Annotated[int, Field(ge=1)] = 20
     lr: Annotated[float, Field(gt=0)] = 0.05

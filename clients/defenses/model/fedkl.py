@@ -139,6 +139,7 @@ class FedKL(Defense):
     strengths: ClassVar[tuple[str, ...]] = (
         "fedkl(key_length=64)",
         "fedkl",
+        "fedkl(key_length=4096)",
     )
     adversary: ClassVar[str] = (
         "joint-inversion(iterations=200, restarts=1, tv=1e-2, rate=3.0, "

@@ -163,6 +163,7 @@ class PEFL(Defense):
     strengths: ClassVar[tuple[str, ...]] = (
         "pefl",
         "pefl(private=True)",
+        "pefl(factors=3, private=True)",
     )
     adversary: ClassVar[str] = (
         "joint-inversion(defense='pefl(private=True)', iterations=200, restarts=1, tv=1e-2)"

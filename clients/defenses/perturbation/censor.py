@@ -48,7 +48,7 @@ class Censor(Defense):
     Parameters
     ----------
     trials : int
-        T.
+        T.  The only strength there is: fewer tell less by the choice among them.
     trial_lr : float
         How far along a direction its loss is looked up.
     """
@@ -72,7 +72,12 @@ class Censor(Defense):
         high=14.0,
     )
     rank: ClassVar[Rank] = Rank.GRADIENT
-    strengths: ClassVar[tuple[str, ...]] = ("censor(trials=5)",)
+    strengths: ClassVar[tuple[str, ...]] = (
+        "censor(trials=20)",
+        "censor(trials=5)",
+        "censor(trials=1)",
+    )
+    adversary: ClassVar[str] = "bayes(iterations=200, tv=0.1, defense='censor')"
 
     trials: Annotated[int, Field(ge=1)] = 20
     trial_lr: Annotated[float, Field(gt=0)] = 1e-4

@@ -7,7 +7,7 @@ import torch
 
 from fedsim.errors import NotGranted, ScenarioError
 from strategies.attacks.optimization.basic.inverting_gradients import InvertingGradients
-from strategies.attacks.optimization.beyond.bayes import Bayes, Clipped, Likelihood
+from strategies.attacks.optimization.beyond.bayes import Bayes, Clipped, Likelihood, Orthogonal
 from strategies.attacks.optimization.gradients import BatchGradients
 from strategies.attacks.optimization.matching import Matching, minimize
 from strategies.attacks.optimization.objectives import Objective, SquaredDistance
@@ -80,6 +80,7 @@ def test_the_likelihood_that_matches_the_noise_wins():
         "clip(norm=0.5) | laplace(scale=0.1) | prune(ratio=0.5)",
         "clip(norm=1e3) | gaussian(std=0.1)",
         "prune",
+        "censor",
     ],
 )
 def test_the_slope_is_the_derivative(defense):
@@ -114,6 +115,36 @@ def test_values_are_the_closed_forms():
     assert shrunk(at.clone())[0].item() == pytest.approx(by_hand)
 
 
+def test_censors_distance_is_zero_at_the_truth_and_there_only():
+    truth, sizes = normal(torch.empty(2, 60)), [10, 45, 5]
+    upload = torch.cat([orthogonal_to(layer) for layer in torch.split(truth, sizes, dim=1)], dim=1)
+    objective = Likelihood.of("censor").objective(upload, sizes)
+    assert isinstance(objective, Orthogonal)
+    assert objective(truth.clone())[0].max() < 1e-20
+    assert objective(upload.clone())[0] == pytest.approx([1.0, 1.0])  # cos 1, the length right
+    doubled = truth.clone()
+    doubled[:, :10] *= 2  # one layer of three: (2 - 1)^2 / 3
+    assert objective(doubled)[0] == pytest.approx([1 / 3, 1 / 3])
+
+
+def test_a_layer_that_censor_left_at_zero_says_nothing():
+    upload, at = normal(torch.empty(1, 12)), normal(torch.empty(1, 12), 1)
+    upload[:, :4] = 0.0
+    distance, slope = Orthogonal(upload, [4, 8])(at.clone())
+    alone, of_it = Orthogonal(upload[:, 4:], [8])(at[:, 4:].clone())
+    assert distance.item() == pytest.approx(alone.item() / 2)
+    assert not slope[:, :4].any()
+    assert torch.allclose(slope[:, 4:], of_it / 2)
+
+
+def orthogonal_to(layer: torch.Tensor) -> torch.Tensor:
+    """Return random rows of the lengths of ``layer [T, n]``, each orthogonal to its own."""
+    drawn = normal(layer, 5)
+    squares = layer.square().sum(dim=1, keepdim=True)
+    drawn = drawn - (drawn * layer).sum(dim=1, keepdim=True) / squares * layer
+    return drawn * layer.norm(dim=1, keepdim=True) / drawn.norm(dim=1, keepdim=True)
+
+
 @pytest.mark.parametrize(
     ("defense", "remedy"),
     [
@@ -122,6 +153,7 @@ def test_values_are_the_closed_forms():
         ("precode", "prune"),
         ("gaussian(std=0.1) | clip(norm=1)", "as clients apply"),
         ("gaussian(std=0.1) | laplace(scale=0.1)", "gaussian or laplace"),
+        ("censor | gaussian(std=0.1)", "write it alone"),
     ],
 )
 def test_a_defense_without_a_likelihood_is_refused(defense, remedy):

@@ -8,6 +8,9 @@ sparsify, and so is the likelihood's:
 - ``gaussian(std=s)``: ``-log p = |F - g|^2 / (2 s^2)``, ``laplace(scale=b)``: ``|F - g| / b``, for
   each entry, up to constants;
 - ``prune(...)``: an entry that came back as 0 was dropped, and says nothing;
+- ``censor``, which goes alone: of each layer g is any direction orthogonal to F and of its length,
+  so p is a spike where ``cos(F_l, g_l) = 0`` and ``||F_l|| = ||g_l||``, and what is minimized has
+  its zeros there (:class:`Orthogonal`; ours, the paper is older);
 - without noise p is a spike at g, and every distance has its least there: the cosine, which does
   not mind being clipped.
 
@@ -45,6 +48,8 @@ from strategies.attacks.optimization.schedules import exponential
 
 # What a likelihood needs to be told of each defense, in the order in which clients apply them.
 ORDER = {"clip": "norm", "gaussian": "std", "laplace": "scale", "prune": None}
+# What it is told of one that goes with no other.
+ALONE = "censor"
 
 
 @register("attack", "bayes")
@@ -58,7 +63,8 @@ class Bayes(TakesLabels):
     ----------
     defense : str
         What clients do to a gradient, as the scenario's ``defenses`` says it: ``clip``,
-        ``gaussian`` and ``prune`` in this order, or ``laplace``; "none" for nothing.
+        ``gaussian`` and ``prune`` in this order, or ``laplace``; ``censor`` alone; "none" for
+        nothing.
     iterations : int
         Of each restart.
     restarts : int
@@ -142,7 +148,7 @@ class Bayes(TakesLabels):
             parametrization=lambda group: NormalizedPixels(
                 group.spec, group.known_labels, group.observed.dtype, boxed=True
             ),
-            objective=lambda group: self.likelihood.objective(group.observed),
+            objective=lambda group: self.likelihood.objective(group.observed, group.sizes),
             priors=lambda group: [TotalVariation(self.tv, group.spec.std)] if self.tv else [],
             optimizer=lambda _: Adam(self.lr, signed=self.signed, schedule=exponential(self.last)),
             iterations=self.iterations,
@@ -164,12 +170,15 @@ class Likelihood:
         Standard deviation or scale of the noise.
     sparse : bool
         Whether entries that are 0 were dropped.
+    orthogonal : bool
+        Whether each layer was replaced by a direction orthogonal to it; nothing else was, then.
     """
 
     norm: float | None = None
     noise: str = "none"
     size: float = 1.0
     sparse: bool = False
+    orthogonal: bool = False
 
     @classmethod
     def of(cls, defense: str) -> "Likelihood":
@@ -181,6 +190,8 @@ class Likelihood:
             If a defense, or what its likelihood needs to be told, is not there.
         """
         found = {one.name: one for one in registry.parse(defense, "attack: defense")}
+        if list(found) == [ALONE]:
+            return cls(orthogonal=True)
         size = {name: _told(one, defense) for name, one in found.items()}
         noises = [name for name in ("gaussian", "laplace") if name in found]
         if list(found) != [name for name in ORDER if name in found] or len(noises) > 1:
@@ -193,8 +204,13 @@ class Likelihood:
             sparse="prune" in found,
         )
 
-    def objective(self, observed: Tensor) -> Objective:
-        """Return minus the log likelihood of ``[T, P]``, a mean over the entries that speak."""
+    def objective(self, observed: Tensor, sizes: Sequence[int] = ()) -> Objective:
+        """Return minus the log likelihood of ``[T, P]``, a mean over the entries that speak.
+
+        ``sizes`` says how many of the P numbers belong to each layer; all to one where it is empty.
+        """
+        if self.orthogonal:
+            return Orthogonal(observed, sizes or [observed.shape[1]])
         speaks = (observed != 0).to(observed) if self.sparse else torch.ones_like(observed)
         count = speaks.sum(dim=1, keepdim=True)
         if self.noise == "gaussian":
@@ -209,7 +225,9 @@ class Likelihood:
 def _told(one: Expression, defense: str) -> float:
     """Return what the likelihood of a defense needs to be told."""
     if one.name not in ORDER:
-        remedy = f"{one.name} has no likelihood here; there is: {', '.join(ORDER)}"
+        remedy = f"{one.name} has no likelihood here; there is: {', '.join((*ORDER, ALONE))}"
+        if one.name == ALONE:
+            remedy = f"{ALONE} has a likelihood by itself only; write it alone"
         raise ScenarioError("attack: defense", defense, remedy)
     wanted = ORDER[one.name]
     if wanted is None:
@@ -254,3 +272,40 @@ class Clipped(Objective):
         chosen = super().take(rows)
         chosen.inner = self.inner.take(rows)
         return chosen
+
+
+class Orthogonal(Objective):
+    """``sum_l cos(F_l, g_l)^2 + (||F_l|| / ||g_l|| - 1)^2``, the mean over layers l: CENSOR.
+
+    0 where F could be behind g, and nowhere else.  A layer that came back as 0 says nothing.
+
+    Parameters
+    ----------
+    observed : Tensor
+        ``[T, P]``.
+    sizes : sequence of int
+        How many of the P numbers belong to each layer.
+    """
+
+    def __init__(self, observed: Tensor, sizes: Sequence[int]) -> None:
+        super().__init__(observed)
+        self.sizes = list(sizes)
+
+    def __call__(self, gradients: Tensor, progress: float = 1.0) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Return the distance, and of each layer the derivatives of both terms."""
+        distance = gradients.new_zeros(len(gradients))
+        pieces = zip(
+            torch.split(gradients, self.sizes, dim=1),
+            torch.split(self.observed, self.sizes, dim=1),
+            strict=True,
+        )
+        for layer, seen in pieces:
+            length, size = (torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (layer, seen))
+            speaks = (size > 0) & (length > 0)
+            unit, direction = layer / length, seen / size
+            cosine = torch.linalg.vecdot(unit, direction).unsqueeze(1)
+            excess = length / size - 1
+            distance += torch.where(speaks, cosine.square() + excess.square(), 0.0).squeeze(1)
+            turned = cosine * (direction - cosine * unit) / length + excess / size * unit
+            layer.copy_(torch.where(speaks, 2 * turned, 0.0))
+        return distance / len(self.sizes), gradients.div_(len(self.sizes))
