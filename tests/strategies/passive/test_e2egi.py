@@ -8,6 +8,7 @@ from fedsim.models import initial_model
 from strategies.attacks.labels import e2egi
 from strategies.attacks.optimization.basic.e2egi import E2EGI, phases, traded
 from strategies.attacks.optimization.basic.inverting_gradients import InvertingGradients
+from strategies.attacks.optimization.beyond import gradattack
 from strategies.attacks.optimization.engine import matching
 from strategies.attacks.optimization.groups import grouped
 from tests.strategies.passive.honest import Honest, spec, tiles
@@ -46,6 +47,28 @@ def test_a_trade_never_raises_the_distance_and_puts_the_truth_together():
     assert path == sorted(path, reverse=True)
     assert path[-1] < 1e-12
     assert torch.equal(group, truth.flatten().unsqueeze(0))
+
+
+def test_one_seed_is_inverting_gradients_with_the_batchnorm_distance():
+    """It has nobody to trade with, and what it minimizes is the cost of Huang et al.'s attack."""
+    captured = Captured.of(Honest(NETWORK, spec(), dtype=torch.float64), tiles(), 2, 1, steps=3)
+    view, truth = problem(captured, E2EGI(labels="oracle", statistics="oracle"))
+    same = {"tv": 0.0114, "bn": 0.0357, "statistics": "oracle", "labels": "oracle"}
+    found = []
+    with pytest.MonkeyPatch.context() as held:
+        held.setattr(gradattack, "invert", lambda *passed: found.append(passed))
+        gradattack.GradAttack(**same).reconstruct(captured.views, captured.knowledge(GRANTS))
+    views, knowledge, recipe = found[0]
+    (group,) = grouped(views, knowledge, recipe.batch_size, recipe.labels, [])
+    plain = matching(group, recipe)
+    generator = torch.Generator().manual_seed(0)
+    for at in (truth.flatten()[None], torch.randn(1, truth.numel(), generator=generator).double()):
+        ours, theirs = view.evaluate(at), plain.evaluate(at)
+        assert torch.equal(ours.cost, theirs.cost)
+        assert torch.equal(ours.gradient, theirs.gradient)
+        group, path = traded(at, 2, lambda variables: view.evaluate(variables).distance)
+        assert torch.equal(group, at)
+        assert len(set(path)) == 1
 
 
 def test_with_exact_statistics_only_smoothness_is_paid_at_the_truth():

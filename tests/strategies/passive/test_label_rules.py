@@ -264,6 +264,20 @@ def test_counts_survive_local_steps(threat_model, part):
     assert sum(scores) / 4 >= (0.9 if threat_model == "C" else 0.7)
 
 
+def test_counts_survive_epochs():
+    """Total variation of the counts by epochs of five steps; at one step it is 0 (above)."""
+    client = client_of(10)
+    images, labels = batch(tiles(), 50, 0)
+    for epochs in (1, 5, 10):
+        training = {"lr": 0.01, "batch_size": 10, "epochs": epochs}
+        view, known = (
+            client.weights(images, labels, **training),
+            client.knowledge("C", 50, **training),
+        )
+        found = FedAvgCounts().labels(view, client.model(), 50, known)
+        assert 1 - agreement(found, labels, 10) < 0.05
+
+
 def test_running_statistics_that_stay_at_home_are_no_hindrance():
     client = client_of(10, network="convnet(norm='batch')")
     images, labels = batch(tiles(), 8, 0)

@@ -40,6 +40,7 @@ def distances(client: Honest, images, labels, **training) -> list[float]:
     return Cosine(moved.unsqueeze(0))(gradients.detach())[0].tolist()
 
 
+@pytest.mark.ladder(7)
 def test_half_way_the_gradient_points_along_the_update():
     """The card's go or no-go: E=20 at lr 0.004 is .146 / .032 / .073 at 0 / .5 / 1."""
     client = Honest("convnet(stride=2)", spec())
