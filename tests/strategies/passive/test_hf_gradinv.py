@@ -127,8 +127,9 @@ def test_ranks_that_vary_least_are_asked_and_dead_ones_not():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "count"), [(1, 8), (4, 2)])
-def test_beside_inverting_gradients_on_cifar(size, count):
-    """Prints the page's figures; trained or not, BatchNorm left out."""
+@pytest.mark.timeout(3600)
+def test_it_does_not_beat_inverting_gradients_on_cifar_and_drops_cost_batches(size, count):
+    """Prints the page's figures; BatchNorm left out."""
     client = Honest("convnet(stride=2)", spec())
     pairs = [batch(cifar10(), size, seed) for seed in range(count)]
     views = [client.gradient(*pair, client=place) for place, pair in enumerate(pairs)]
@@ -146,8 +147,17 @@ def test_beside_inverting_gradients_on_cifar(size, count):
         found = build("attack", expression, "attack").reconstruct(views, knowledge)
         figures[expression] = matched(truth, found.examples, size)
         print(f"batches of {size}: {expression}: {figures[expression]:.1f} dB")
-    print(f"floor {floor_psnr(truth, cifar10()).mean():.1f} dB")
-    assert figures["hf-gradinv(iterations=600, batchnorm=0.0)"] > 12
+    floor = floor_psnr(truth, cifar10()).mean().item()
+    print(f"floor {floor:.1f} dB")
+    whole, undropped, windowless, plain = figures.values()
+    if size == 1:
+        assert min(figures.values()) > floor + 18
+        assert max(figures.values()) - min(figures.values()) < 1.5
+    else:
+        assert floor + 6 < whole < plain - 2
+        assert undropped > whole + 2
+        assert abs(undropped - plain) < 1
+        assert windowless > whole + 0.5
 
 
 def matched(truth, found, size):
