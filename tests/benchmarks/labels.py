@@ -41,6 +41,7 @@ ONE_STEP = (
     ("`llg(impact='model')`, surrogate images (LLG+)", "llg(impact='model')", "D"),
     ("`gradinversion`", "gradinversion", "B"),
     ("`e2egi`", "e2egi", "B"),
+    ("`hf-gradinv`, surrogate images", "hf-gradinv", "D"),
     ("`rlg`", "rlg", "B"),
     ("`idlg`", "idlg", "B"),
 )
@@ -325,6 +326,13 @@ ABOUT = (
         "weights",
         "A",
         "Li et al. 2023; an untrained network, and features that are not negative",
+    ),
+    (
+        "`hf-gradinv`",
+        "weights",
+        "B, D",
+        "Ye et al. 2024; takes few of the classes to occur, and features that are not negative; "
+        "counts by a genetic search",
     ),
     (
         "`rlg`",

@@ -15,7 +15,15 @@ from strategies.attacks.optimization.basic.adversarial_prior import (
     seen,
 )
 from strategies.attacks.optimization.basic.inverting_gradients import InvertingGradients
-from tests.strategies.passive.honest import Honest, batch, cifar10, psnr, spec, tiles
+from tests.strategies.passive.honest import (
+    Honest,
+    batch,
+    cifar10,
+    floor_psnr,
+    psnr,
+    spec,
+    tiles,
+)
 
 
 def test_without_weights_it_is_inverting_gradients():
@@ -75,7 +83,8 @@ def test_what_it_cannot_work_on_is_refused():
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("weight", [1e-3, 1e-2])
-def test_a_guide_of_a_wrong_class_does_not_beat_no_guide(weight, monkeypatch):
+def test_no_guide_gains_a_decibel_and_at_a_heavy_weight_all_but_the_truth_cost(weight, monkeypatch):
+    """The paper's gain does not show; what comes back is the gradient's, not the guide's."""
     client, count = Honest("convnet(stride=2)", spec()), 8
     truth = [batch(cifar10(), 1, seed) for seed in range(count)]
     views = [client.gradient(*pair, client=i) for i, pair in enumerate(truth)]
@@ -98,5 +107,10 @@ def test_a_guide_of_a_wrong_class_does_not_beat_no_guide(weight, monkeypatch):
         each = torch.cat([psnr(pair[0], found.examples[i : i + 1]) for i, pair in enumerate(truth)])
         reached[name] = each.mean().item()
     print(weight, {name: round(value, 1) for name, value in reached.items()})
-    assert reached["wrong"] < reached["none"] + 1
-    assert reached["truth"] > max(reached["none"], reached["class"]) - 1
+    floor = floor_psnr(torch.cat([images for images, _ in truth]), cifar10()).mean()
+    assert min(reached.values()) > floor + 14
+    assert max(reached.values()) < reached["none"] + 1
+    if weight == 1e-2:
+        assert reached["truth"] > reached["none"] + 0.3
+        assert reached["none"] > reached["class"] + 0.7
+        assert reached["class"] > reached["wrong"]

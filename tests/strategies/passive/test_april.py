@@ -25,6 +25,7 @@ def attacked(expression: str, seed: int, dtype=torch.float64, data=None):
     return images, labels, found
 
 
+@pytest.mark.ladder(9)
 @pytest.mark.parametrize("expression", EXACT)
 def test_one_example_comes_back_exactly_with_its_label(expression):
     for seed in range(5):
@@ -60,6 +61,7 @@ def test_the_equation_holds_without_a_skip_connection_and_not_with_one():
         assert torch.allclose(left, right, rtol=1e-9, atol=1e-9 * float(right.abs().max())) == holds
 
 
+@pytest.mark.ladder(9)
 def test_with_the_skip_connection_pixels_are_off_by_tens():
     client = Honest("vit(first='standard')", spec(), dtype=torch.float64)
     images, labels = batch(tiles(), 1, 0, torch.float64)

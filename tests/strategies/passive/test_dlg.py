@@ -7,7 +7,10 @@ import torch
 
 from fedsim.data import DataSpec, load_dataset
 from strategies.attacks.optimization.basic.dlg import DLG
-from strategies.attacks.optimization.parametrizations import PixelsAndLabels
+from strategies.attacks.optimization.gradients import BatchGradients
+from strategies.attacks.optimization.matching import Matching
+from strategies.attacks.optimization.objectives import SquaredDistance
+from strategies.attacks.optimization.parametrizations import Pixels, PixelsAndLabels
 from tests.strategies.passive.honest import Honest, batch, cifar10, psnr, spec, tiles
 
 
@@ -27,6 +30,39 @@ def test_a_digit_and_its_label_come_back_without_any_knowledge_but_the_update():
     assert psnr(images, found.examples).item() > 30
     assert found.labels.tolist() == labels.tolist()
     assert {capability.value for capability in knowledge.used} == {"updates"}
+
+
+def problem(parametrization):
+    """Return the matching of one digit's gradient, the digit, and its label."""
+    client = dataclasses.replace(digits_client(), dtype=torch.float64)
+    images, labels = batch(digits(), 1, 0, torch.float64)
+    received = client.gradient(images, labels).received
+    observed = torch.cat([tensor.flatten() for tensor in received.values()]).unsqueeze(0)
+    operator = BatchGradients(client.model(), list(received))
+    found = Matching(operator, parametrization(client.spec, labels), SquaredDistance(observed))
+    return found, images.flatten(1), labels, received
+
+
+def test_the_distance_is_zero_at_the_truth_once_its_label_is_certain():
+    """A softmax is one-hot only in the limit: the distance falls with the logit, and reaches 0."""
+    matching, pixels, labels, _ = problem(lambda spec, _: PixelsAndLabels(spec, 1))
+    one_hot = torch.nn.functional.one_hot(labels, 10)
+    distances = [
+        matching.evaluate(torch.cat([pixels, logit * one_hot], dim=1)).distance.item()
+        for logit in (0, 2, 8, 32, 1000)
+    ]
+    assert distances == sorted(distances, reverse=True)
+    assert distances[0] > 1e-2
+    assert distances[-1] < 1e-20
+
+
+def test_no_image_makes_up_for_a_wrong_label():
+    """``g_b = p - onehot``: in the true label's entry a wrong one is off by 1 - p_y or more."""
+    matching, pixels, labels, received = problem(lambda spec, y: Pixels(spec, (y[None] + 1) % 10))
+    least = received["fc.bias"][labels].item() ** 2
+    generator = torch.Generator().manual_seed(0)
+    for at in (pixels, *torch.randn(5, 1, pixels.shape[1], generator=generator).double()):
+        assert matching.evaluate(at).distance.item() > least > 0.1
 
 
 def test_a_solved_view_is_not_started_again():

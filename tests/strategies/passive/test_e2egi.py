@@ -6,8 +6,15 @@ import torch
 from fedsim.errors import ScenarioError
 from fedsim.models import initial_model
 from strategies.attacks.labels import e2egi
-from strategies.attacks.optimization.basic.e2egi import E2EGI, phases, traded
+from strategies.attacks.optimization.basic.e2egi import (
+    E2EGI,
+    image_gradients,
+    information_ratios,
+    phases,
+    traded,
+)
 from strategies.attacks.optimization.basic.inverting_gradients import InvertingGradients
+from strategies.attacks.optimization.beyond import gradattack
 from strategies.attacks.optimization.engine import matching
 from strategies.attacks.optimization.groups import grouped
 from tests.strategies.passive.honest import Honest, spec, tiles
@@ -48,6 +55,47 @@ def test_a_trade_never_raises_the_distance_and_puts_the_truth_together():
     assert torch.equal(group, truth.flatten().unsqueeze(0))
 
 
+def test_one_seed_is_inverting_gradients_with_the_batchnorm_distance():
+    """It has nobody to trade with, and what it minimizes is the cost of Huang et al.'s attack."""
+    captured = Captured.of(Honest(NETWORK, spec(), dtype=torch.float64), tiles(), 2, 1, steps=3)
+    view, truth = problem(captured, E2EGI(labels="oracle", statistics="oracle"))
+    same = {"tv": 0.0114, "bn": 0.0357, "statistics": "oracle", "labels": "oracle"}
+    found = []
+    with pytest.MonkeyPatch.context() as held:
+        held.setattr(gradattack, "invert", lambda *passed: found.append(passed))
+        gradattack.GradAttack(**same).reconstruct(captured.views, captured.knowledge(GRANTS))
+    views, knowledge, recipe = found[0]
+    (group,) = grouped(views, knowledge, recipe.batch_size, recipe.labels, [])
+    plain = matching(group, recipe)
+    generator = torch.Generator().manual_seed(0)
+    for at in (truth.flatten()[None], torch.randn(1, truth.numel(), generator=generator).double()):
+        ours, theirs = view.evaluate(at), plain.evaluate(at)
+        assert torch.equal(ours.cost, theirs.cost)
+        assert torch.equal(ours.gradient, theirs.gradient)
+        group, path = traded(at, 2, lambda variables: view.evaluate(variables).distance)
+        assert torch.equal(group, at)
+        assert len(set(path)) == 1
+
+
+def test_the_information_ratio_is_each_images_part_of_the_gradient():
+    captured = Captured.of(Honest(NETWORK, spec(), dtype=torch.float64), tiles(), 3, 1, steps=3)
+    view, truth = problem(captured, E2EGI(labels="oracle", statistics="oracle"))
+    whole = torch.cat([tensor.flatten() for tensor in captured.views[0].received.values()])
+    alone = image_gradients(view, truth.flatten()[None])
+    assert torch.allclose(alone.mean(dim=0), whole)
+    shares = information_ratios(alone, whole)
+    assert torch.allclose(shares, alone @ whole / (3 * whole @ whole))
+    assert shares.max() > 1.1 * shares.min() > 0
+    assert shares.sum() == pytest.approx(1)
+
+
+def test_an_image_that_works_against_the_others_has_the_information_ratio_zero():
+    gradients = torch.tensor([[3.0, 0.0], [1.0, 5.0], [-1.0, 0.0]])
+    shares = information_ratios(gradients, torch.tensor([1.0, 0.0]))
+    assert torch.allclose(shares, torch.tensor([4 / 6, 2 / 6, 0.0]))
+    assert information_ratios(-gradients[:1], gradients[0]).tolist() == [1]
+
+
 def test_with_exact_statistics_only_smoothness_is_paid_at_the_truth():
     captured = Captured.of(Honest(NETWORK, spec(), dtype=torch.float64), tiles(), 3, 1, steps=3)
     view, truth = problem(captured, E2EGI(labels="oracle", statistics="oracle", tv=0))
@@ -79,8 +127,9 @@ def test_seeds_end_as_one_batch_and_are_counted():
     alone, blocks, one = phases(40)
     searched = 3 * (alone.iterations + 1 + sum(b.iterations + 1 for b in blocks)) + 17
     assert one.iterations == 16
-    assert found.cost.gradient_evaluations == 2 * (searched + 3 * 3 * (len(blocks) + 1))
+    assert found.cost.gradient_evaluations == 2 * (searched + 3 * 3 * (len(blocks) + 1) + 1)
     assert "3 seeds, 6 blocks" in found.receipts[0]
+    assert "an image's share of the gradient" in found.receipts[0]
 
 
 def test_stopped_by_hand_it_hands_over_what_it_has():

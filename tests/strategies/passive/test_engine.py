@@ -130,6 +130,7 @@ def test_the_distance_is_zero_at_the_truth_and_nowhere_near(objective):
     assert matching.evaluate(truth + 0.1).distance.min() > 1e-6
 
 
+@pytest.mark.ladder(2)
 @pytest.mark.parametrize("expression", ["lenet", "convnet"])
 def test_cosine_is_zero_at_the_truth_in_single_precision(expression):
     client = Honest(expression, spec())
@@ -154,6 +155,7 @@ def test_cosine_is_blind_to_scale_and_the_squared_distance_is_not(factor, seed):
     assert (apart.abs() < 1e-9) == (abs(factor - 1) < 1e-9)
 
 
+@pytest.mark.ladder(2)
 def test_cosine_knows_which_image_has_which_label_but_not_their_order():
     client = Honest("convnet", spec())
     model = client.model()

@@ -9,6 +9,7 @@ from strategies.attacks.optimization.basic.gradvit import GradViT, Natural, trai
 from strategies.attacks.optimization.basic.inverting_gradients import InvertingGradients
 from strategies.attacks.optimization.engine import matching
 from strategies.attacks.optimization.groups import grouped
+from strategies.attacks.optimization.priors import PatchBorders
 from tests.strategies.passive.honest import Honest, batch, spec, tiles
 from tests.strategies.passive.normed import Captured, cifar_captures
 
@@ -37,6 +38,17 @@ def test_the_image_prior_is_nothing_at_its_own_statistics_and_its_slope_is_right
     ahead, behind = prior(images + step * along)[0], prior(images - step * along)[0]
     slope = (pull * along).flatten(1).sum(dim=1)
     assert torch.allclose(slope[1], ((ahead - behind) / (2 * step))[1], rtol=1e-4)
+
+
+def test_shuffled_patches_raise_the_patch_prior_and_move_the_statistics_only_moderately():
+    """Why GradViT needs both: BatchNorm's statistics see little but what lies inside patches."""
+    images, others = (batch(tiles(), 3, seed, torch.float64)[0].unsqueeze(0) for seed in (0, 10))
+    pieces = images.unfold(3, 8, 8).unfold(4, 8, 8).flatten(3, 4)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    shuffled = pieces[:, :, :, order].unflatten(3, (4, 4)).transpose(4, 5).reshape(images.shape)
+    statistics, borders = Natural(1.0, auxiliary(images[0])), PatchBorders(1.0, 8)
+    assert borders(shuffled)[0] > 2 * borders(images)[0]
+    assert 0 < statistics(shuffled)[0] < statistics(others)[0] / 5
 
 
 def test_a_network_trained_in_single_precision_sees_images_of_double():

@@ -13,7 +13,7 @@ from fedsim.view import ServerView
 from strategies.attacks.optimization.augmented import hcgla
 from strategies.attacks.optimization.augmented.hcgla import HCGLA, kept_entries, trained
 from strategies.attacks.optimization.basic.idlg import ImprovedDLG
-from tests.strategies.passive.honest import Honest, batch, cifar10, psnr, spec
+from tests.strategies.passive.honest import Honest, batch, cifar10, floor_psnr, psnr, spec
 
 
 def digits() -> tuple[Honest, object, object]:
@@ -71,6 +71,15 @@ def test_a_sparse_gradient_gives_the_digit_back():
     assert psnr(images, found.examples).item() > 30
     assert found.labels.tolist() == labels.tolist()
     assert {capability.value for capability in knowledge.used} == {"updates", "surrogate"}
+
+
+def test_of_a_thousandth_of_the_entries_nothing_comes_back():
+    client, train, surrogate = digits()
+    images, labels = batch(train, 1, 0)
+    view = sparse(client.gradient(images, labels), 1e-3)
+    attack = HCGLA(iterations=400, restarts=1, start="noise", filtered=False)
+    found = attack.reconstruct([view], client.knowledge("D", surrogate=surrogate))
+    assert (psnr(images, found.examples) < floor_psnr(images, surrogate)).all()
 
 
 def test_what_it_cannot_read_is_refused_with_a_remedy():

@@ -18,6 +18,7 @@ from strategies.attacks.optimization.basic.idlg import ImprovedDLG
 from tests.strategies.passive.honest import Honest, batch, cifar10, psnr, spec, tiles
 
 
+@pytest.mark.ladder(1)
 @pytest.mark.parametrize("expression", ["lenet", "lenet(activation='relu', init='default')"])
 @pytest.mark.parametrize("part", ["bias", "weight"])
 def test_the_sign_rule_is_right_for_every_random_image(expression, part):

@@ -15,6 +15,7 @@ from strategies.attacks.labels.analytic import largest_remainder
 from strategies.attacks.labels.bias_negative import BiasNegative
 from strategies.attacks.labels.fedavg_counts import FedAvgCounts, way
 from strategies.attacks.labels.gradinversion import GradInversion
+from strategies.attacks.labels.hf_gradinv import HFGradInv
 from strategies.attacks.labels.ilrg import ILRG, solve_counts
 from strategies.attacks.labels.llg import LLG, negative_share, peel
 from strategies.attacks.labels.probing import Probe
@@ -24,9 +25,9 @@ from tests.strategies.passive.honest import Honest, batch, spec, tiles
 
 NETWORK = "convnet(stride=2, hidden=[256])"
 BIAS = ("analytic", "bias-negative", "ilrg", "fedavg-counts")
-WEIGHTS = ("gradinversion", "llg", "rlg", "fedavg-counts(read='weight')")
+WEIGHTS = ("gradinversion", "llg", "rlg", "hf-gradinv", "fedavg-counts(read='weight')")
 #: What any rescaling of the whole update leaves alone.
-RESCALED = ("gradinversion", "llg", "bias-negative", "rlg", "idlg")
+RESCALED = ("gradinversion", "llg", "bias-negative", "rlg", "hf-gradinv", "idlg")
 
 
 def agreement(found, truth, classes):
@@ -166,7 +167,7 @@ def test_a_gradient_of_zeros_says_nothing():
         tensor.zero_()
     with pytest.raises(ValueError, match="nowhere negative"):
         negative_share(view, view.received["fc.bias"], 4)
-    for rule in (LLG(), BiasNegative(), RLG()):
+    for rule in (LLG(), BiasNegative(), RLG(), HFGradInv()):
         with pytest.raises(ValueError, match="nowhere negative"):
             rule.labels(view, client.model(), 4, client.knowledge("B", 4))
 
@@ -262,6 +263,20 @@ def test_counts_survive_local_steps(threat_model, part):
         found = FedAvgCounts(read=part).labels(view, client.model(), 50, known)
         scores.append(agreement(found, labels, 10))
     assert sum(scores) / 4 >= (0.9 if threat_model == "C" else 0.7)
+
+
+def test_counts_survive_epochs():
+    """Total variation of the counts by epochs of five steps; at one step it is 0 (above)."""
+    client = client_of(10)
+    images, labels = batch(tiles(), 50, 0)
+    for epochs in (1, 5, 10):
+        training = {"lr": 0.01, "batch_size": 10, "epochs": epochs}
+        view, known = (
+            client.weights(images, labels, **training),
+            client.knowledge("C", 50, **training),
+        )
+        found = FedAvgCounts().labels(view, client.model(), 50, known)
+        assert 1 - agreement(found, labels, 10) < 0.05
 
 
 def test_running_statistics_that_stay_at_home_are_no_hindrance():

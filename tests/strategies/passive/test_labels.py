@@ -41,6 +41,7 @@ def test_idlg_refuses_a_batch():
         IDLG().labels(view, client.model(), 2, client.knowledge("B", 2))
 
 
+@pytest.mark.ladder(3)
 @pytest.mark.parametrize("size", [1, 4, 16, 64])
 def test_counts_are_exact_with_the_true_mean_prediction(size, monkeypatch):
     client = Honest("convnet", spec())

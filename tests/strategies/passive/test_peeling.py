@@ -37,6 +37,7 @@ def matched(found, images) -> tuple[torch.Tensor, torch.Tensor]:
     return apart.argmin(dim=1), apart.min(dim=1).values
 
 
+@pytest.mark.ladder(11)
 @pytest.mark.parametrize(
     ("units", "size", "normalize"),
     [(128, 8, False), (200, 16, False), (200, 24, False), (400, 32, False), (400, 8, True)],
@@ -53,6 +54,38 @@ def test_no_fewer_than_stand_alone_and_each_exactly(units: int, size: int, norma
     assert len(which.unique()) == len(which)
     assert found.labels.equal(labels[which])
     assert found.scores.min() > 1 - 1e-6
+
+
+#: Shares that stand alone, CIFAR-10, 40 batches of each size: by hand elsewhere, and here.
+SINGLETONS = {
+    (128, 2): (1.00, 1.00),
+    (128, 4): (0.96, 0.94),
+    (128, 8): (0.68, 0.71),
+    (128, 16): (0.29, 0.36),
+    (128, 64): (0.06, 0.08),
+    (1000, 16): (0.80, 0.83),
+    (1000, 64): (0.33, 0.32),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("units", "size"), SINGLETONS)
+def test_the_table_of_examples_that_stand_alone(units: int, size: int):
+    """A default initialization; ``alone`` asks for one active example, whatever its slope."""
+    shares = []
+    for seed in range(4):
+        model = Honest(f"mlp(hidden=[{units}], normalize=False)", spec(), seed=seed).model()
+        for draw in range(10):
+            images, _ = batch(cifar10(), size, 100 * seed + draw)
+            with torch.no_grad():
+                active = model[1](model[0](images)) > 0  # type: ignore[operator,index]
+            single = active.sum(dim=0) == 1
+            shares.append(active[:, single].any(dim=1).double().mean().item())
+    share = sum(shares) / len(shares)
+    card, ours = SINGLETONS[units, size]
+    print(f"{units} units, batches of {size}: {share:.3f} stand alone")
+    assert share == pytest.approx(ours, abs=0.02)
+    assert share == pytest.approx(card, abs=0.1)
 
 
 @pytest.mark.parametrize(

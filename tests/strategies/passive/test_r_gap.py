@@ -131,6 +131,7 @@ def test_every_constraint_holds_for_the_true_input():
         assert (solved.inputs - x).abs().max() < 1e-9
 
 
+@pytest.mark.ladder(8)
 def test_the_table_of_unknowns_and_rows():
     """The card's counts; padding that holds values at zero leaves the same rank to be found."""
     model = build_model("cnn6", small(side=32))
@@ -158,6 +159,7 @@ def rank(network, weight, ks, index: int) -> int:
     return channels * determined + free + TABLE[index][3]
 
 
+@pytest.mark.ladder(8)
 @pytest.mark.parametrize("index", [1, 2, 3, 4, 5])
 def test_the_table_of_ranks(index):
     network, weight, _, _, _, ks = pieces("cnn6", small(side=32), 0)

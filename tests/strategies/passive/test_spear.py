@@ -53,13 +53,26 @@ def full_rank(examples: int) -> float:
     return (torch.linalg.matrix_rank(drawn) == examples - 1).double().mean().item()
 
 
-@pytest.mark.parametrize(("units", "size"), [(100, 3), (200, 4), (200, 6), (400, 8), (400, 10)])
+@pytest.mark.ladder(6)
+@pytest.mark.parametrize(
+    ("units", "size"),
+    [
+        (100, 3),
+        (200, 4),
+        (200, 6),
+        (400, 8),
+        (400, 10),
+        pytest.param(1000, 10, marks=pytest.mark.slow),
+    ],
+)
 def test_a_batch_comes_back_exactly_with_its_labels_in_double_precision(units, size):
     honest = client(units)
     for seed in range(2):
         images, labels = batch(tiles(), size, seed, torch.float64)
         found = reconstructed(honest, images, labels)
         assert matched_psnr(images, found.examples).min() >= 200
+        apart = (found.examples[:, None] - images).abs().flatten(2).amax(dim=2)
+        assert apart.min(dim=1).values.max() < 1e-9
         assert (found.scores == 1).all()
         assert found.labels.sort().values.tolist() == labels.sort().values.tolist()
 
@@ -80,6 +93,16 @@ def test_labels_come_with_their_images():
     found = reconstructed(honest, images, labels)
     nearest = torch.cdist(found.examples.flatten(1), images.flatten(1)).argmin(dim=1)
     assert found.labels.tolist() == labels[nearest].tolist()
+
+
+@pytest.mark.parametrize(("units", "size"), [(100, 3), (400, 8)])
+def test_the_gradient_is_of_as_many_directions_as_examples(units, size):
+    images, labels = batch(tiles(), size, 0, torch.float64)
+    received = client(units).gradient(images, labels).received
+    weight = next(tensor for tensor in received.values() if tensor.shape == (units, 3072))
+    sizes = torch.linalg.svdvals(weight)
+    assert sizes[size - 1] > 1e-6 * sizes[0]
+    assert sizes[size] < 1e-12 * sizes[0]
 
 
 def test_rows_that_depend_on_each_other_never_give_a_column():
@@ -218,6 +241,7 @@ def test_the_law_of_draws():
     assert expected_draws(1) == 1
     assert expected_draws(10) == pytest.approx(1.5e3, rel=0.01)
     assert expected_draws(20) == pytest.approx(1.9e6, rel=0.01)
+    assert expected_draws(24) == pytest.approx(3.17e7, rel=0.01)
 
 
 @pytest.mark.slow

@@ -83,6 +83,7 @@ class Shared:
         return cls(images, view, knowledge, knowledge.model(view))
 
 
+@pytest.mark.ladder(4)
 @pytest.mark.parametrize("size", [2, 7])
 def test_what_a_shared_step_tells_is_the_batch_itself(size: int) -> None:
     shared = Shared.step(size)
@@ -100,6 +101,30 @@ def test_in_float64_it_is_exact() -> None:
     shared = Shared.step(4, torch.float64)
     found = Recovered().statistics(shared.view, shared.model, shared.knowledge)
     assert furthest(found, seen(shared.model, shared.images)) < 1e-13
+
+
+def test_of_several_steps_it_tells_their_mixture_and_of_no_batch_the_statistics() -> None:
+    """``sum_k (1 - m)^(K - k) mu_k``, the last the most, less what is left of the start twice."""
+    model = initial_model(NETWORK, spec(), 0).double().train()
+    model(batch(tiles(), 16, seed=5, dtype=torch.float64)[0])
+    sent = {name: tensor.clone() for name, tensor in travelling(model).items()}
+    steps = [batch(tiles(), 4, seed, torch.float64)[0] for seed in range(3)]
+    each: list[Tensor] = []
+    model.get_submodule(LAYER).register_forward_pre_hook(
+        lambda _, inputs: each.append(inputs[0].detach().mean(dim=(0, 2, 3)))
+    )
+    for images in steps:
+        model(images)
+    received = {name: tensor.clone() for name, tensor in travelling(model).items()}
+    view = ServerView(1, (0,), NETWORK, sent, received, "weights")
+    knowledge = Honest(NETWORK, spec(), dtype=torch.float64).knowledge(
+        "B", examples=4, batchnorm="shared"
+    )
+    found = Recovered().statistics(view, knowledge.model(view), knowledge)[LAYER][0]
+    kept, start = 0.9, sent[f"{LAYER}.running_mean"]
+    mixture = sum(kept ** (2 - k) * mean for k, mean in enumerate(each))
+    assert torch.allclose(found, mixture - (kept - kept**3) / (1 - kept) * start, atol=1e-12)
+    assert min(float((found - mean).abs().max()) for mean in each) > 1e-2
 
 
 def test_what_was_sent_is_what_the_running_source_says() -> None:

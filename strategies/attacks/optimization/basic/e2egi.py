@@ -10,6 +10,9 @@ combinatorial optimization (MLCO):
    the whole batch fits best.  In the block every seed is drawn to it, ``a_c mean |x - group|^2``.
 3. 40 %: from the last group batch on, one search.
 
+What it reports of each view in the end is the gradient information ratio (GInfoR): of the images
+found, who makes up how much of the gradient, and so comes back before the others.
+
 Li et al., "E2EGI: End-to-End Gradient Inversion in Federated Learning",
 IEEE JBHI 2023, and the authors' code.  Their weights were found on victims of the attacker's own.
 """
@@ -33,7 +36,7 @@ from strategies.attacks.optimization.groups import Group, grouped
 from strategies.attacks.optimization.matching import Best, Matching, minimize
 from strategies.attacks.optimization.objectives import Cosine
 from strategies.attacks.optimization.optimizers import Adam, Langevin, Optimizer
-from strategies.attacks.optimization.parametrizations import NormalizedPixels
+from strategies.attacks.optimization.parametrizations import Candidate, NormalizedPixels
 from strategies.attacks.optimization.priors import Differentiated, TotalVariation
 from strategies.attacks.optimization.schedules import cosine
 from strategies.attacks.optimization.tally import Findings, Tally
@@ -123,7 +126,7 @@ class E2EGI(TakesStatistics):
             problems = matching(group, recipe)
             for index in range(len(group.views)):
                 view = problems.take(torch.tensor([index]))
-                best = searches.of_a_view(view, group.views[index].label)
+                best = searches.of_a_view(view, group.observed[index], group.views[index].label)
                 findings.add(best, view.parametrization, group.indices[index : index + 1])
         return findings.reconstruction(tally)
 
@@ -178,13 +181,15 @@ class Searches:
         many = self.alone.iterations + sum(block.iterations for block in self.blocks)
         self.tally = Tally(views * (attack.seeds * many + self.one.iterations), knowledge)
 
-    def of_a_view(self, view: Matching, label: str) -> Best:
+    def of_a_view(self, view: Matching, observed: Tensor, label: str) -> Best:
         """Return the one batch in which a view's seeds end.
 
         Parameters
         ----------
         view : Matching
             One problem.
+        observed : Tensor
+            ``[P]``: the gradient.
         label : str
             What the view is called.
         """
@@ -204,9 +209,16 @@ class Searches:
         best = self._run(view, group, self.one, label)
         self.tally.receipts.append(
             f"{label}: {self.attack.seeds} seeds, {len(self.blocks)} blocks; traded from distance "
-            f"{distances[0]:.3g} to {distances[-1]:.3g}; distance {best.distance.item():.3g}"
+            f"{distances[0]:.3g} to {distances[-1]:.3g}; distance {best.distance.item():.3g}; "
+            f"{self._information(view, best.variables, observed)}"
         )
         return best
+
+    def _information(self, view: Matching, at: Tensor, observed: Tensor) -> str:
+        """Say who makes up how much; as many gradients of one image as one of the batch takes."""
+        shares = information_ratios(image_gradients(view, at), observed)
+        self.tally.evaluations += view.evaluations
+        return f"an image's share of the gradient {shares.min():.0%} to {shares.max():.0%}"
 
     def _run(self, problems: Matching, at: Tensor, phase: Phase, label: str) -> Best:
         """Run a phase, or take over what an earlier attempt did of it."""
@@ -279,6 +291,35 @@ def traded(
             group[slot] = images[least, slot]
         path.append(min(distances[least].item(), path[-1]))
     return group.flatten().unsqueeze(0), path
+
+
+def image_gradients(view: Matching, at: Tensor) -> Tensor:
+    """Return the gradient ``[B, P]`` of each image of a batch ``[1, n]``, as if it were alone.
+
+    The authors take an image's loss within its batch; the two differ where BatchNorm is in train
+    mode.
+    """
+    images, labels, _ = view.parametrization.decode(at)
+    found, _ = view.operator(Candidate(images[0].unsqueeze(1), labels[0].unsqueeze(1)))
+    return torch.cat([part.detach().reshape(images.shape[1], -1) for part in found], dim=1)
+
+
+def information_ratios(gradients: Tensor, whole: Tensor) -> Tensor:
+    """Return GInfoR ``[B]``: ``<g_i, g>`` beside the sum of all; they add up to 1.
+
+    Where some are negative, the lowest is subtracted from all first.
+
+    Parameters
+    ----------
+    gradients : Tensor
+        ``[B, P]``: of each image.
+    whole : Tensor
+        ``[P]``: of the batch.
+    """
+    along = gradients @ whole
+    along = along - along.min().clamp_max(0)
+    total = along.sum()
+    return along / total if total > 0 else torch.full_like(along, 1 / len(along))
 
 
 class Toward(Differentiated):

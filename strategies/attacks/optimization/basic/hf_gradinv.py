@@ -15,7 +15,7 @@ the authors' code (its configuration for ResNet-34).
 Decided here: the authors' window is in numbers of tensors (from the hundredth to the 25th, by ten
 every 500 of 15,000 iterations), ours in shares, so that shallow networks have one too; their blur
 and decaying mask of the first 200 steps are left out, as is the group term, which their
-configuration never reaches; labels come from any rule.
+configuration never reaches; labels come from any rule, their own being ``labels="hf-gradinv"``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
