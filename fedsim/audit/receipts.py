@@ -4,13 +4,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fedsim.accounting import Release, Releases, epsilon
+from fedsim.accounting import Release, Releases, epsilon, reconstruction_bound
 from fedsim.attack import Active, Manipulation, Reconstruction
 from fedsim.audit.schema import DefensePart, DefenseReceipts, Detection, Epsilon, Spent
 from fedsim.audit.vault import VaultRecord
 from fedsim.reconstructions import Facts
 from fedsim.registry import components
 
+GUESS = 0.1  # of who has not seen the releases: what the bound on reconstruction is told for
 _FIXED = {"name", "parameters", "changed", "cosine", "norm_ratio", "seconds"}
 _ACTED = re.compile(r"(?:sent a modified model(?:, to each its own,)?|lied) to [1-9]\d*/")
 
@@ -59,6 +60,7 @@ def _spent(
             round=server_round,
             releases=sum(release.count for release in found),
             epsilon=finite_or_none(epsilon(found, promise["delta"])),
+            reconstruction=reconstruction_bound(found, GUESS),
         )
         for client, (server_round, found) in ledgers.items()
     ]

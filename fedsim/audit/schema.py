@@ -4,7 +4,7 @@ Versioned by ``schema``.  Every float is finite; where there is no figure there 
 it, a reason.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
@@ -231,12 +231,15 @@ class Spent(_Part):
     """What one client spent: epsilon of all its releases up to its last deposit, in ``round``.
 
     ``releases`` counts mechanisms; ``epsilon`` is null where there is none that is finite.
+    ``reconstruction`` bounds the probability of being right about a unit's data, for who would be
+    right once in ten without the releases (``GUESS``); null in reports from before it was told.
     """
 
     client: int
     round: int
     releases: int
     epsilon: FiniteFloat | None = None
+    reconstruction: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
 class DefensePart(_Part):

@@ -287,14 +287,17 @@ defense.epsilon.mechanism] | select | join(', ') }}</span>\
 <table>
 <caption>Each client's ledger: ε of all that it released, at δ = \
 {{ defense.epsilon.delta | figure }}{% if defense.spent | length > shown %} ({{ shown }} of \
-{{ defense.spent | length }}, those who spent most; all are in report.json){% endif %}</caption>
+{{ defense.spent | length }}, those who spent most; all are in report.json){% endif %}. \
+And how often somebody who sees it all can be right about one {{ defense.epsilon.unit }}'s data, \
+who would otherwise be right once in ten</caption>
 <thead><tr><th scope="col">Client</th><th scope="col">Up to round</th>\
-<th scope="col" class="number">Releases</th><th scope="col" class="number">ε spent</th></tr></thead>
+<th scope="col" class="number">Releases</th><th scope="col" class="number">ε spent</th>\
+<th scope="col" class="number">Right, at most</th></tr></thead>
 <tbody>
 {% for one in defense.spent[:shown] %}
 <tr><th scope="row">{{ one.client }}</th><td>{{ one.round }}</td>\
 <td class="number">{{ one.releases | count }}</td><td class="number">{{ one.epsilon | figure }}\
-</td></tr>
+</td><td class="number">{{ one.reconstruction | share }}</td></tr>
 {% endfor %}
 </tbody>
 </table>

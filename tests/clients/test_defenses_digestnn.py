@@ -1,11 +1,16 @@
 """DigestNN: a private network that is trained, remembered, and never sent."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from clients.defenses.learning.digestnn import DigestNN
+from fedsim import seeds
+from fedsim.data import load_dataset
+from fedsim.models import build_model
 from tests.clients.a_step import few_images, small_model, true_gradient
 from tests.clients.one_update import context
 from tests.fedsim.small import federated
@@ -66,3 +71,72 @@ def test_it_learns_to_be_right_and_elsewhere() -> None:
 def test_each_client_has_a_digest_of_its_own() -> None:
     first = DigestNN().initial(3, context(0))["w1"]
     assert not torch.equal(first, DigestNN().initial(3, context(1))["w1"])
+
+
+def psnr(one: Tensor, other: Tensor) -> float:
+    """Return the mean over images."""
+    errors = (one - other).square().flatten(1).mean(dim=1).clamp_min(1e-12)
+    return float((-10 * errors.log10()).mean().detach())
+
+
+def digit_network(client: int) -> nn.Module:
+    """Return the shared model behind a client's first digest, drawn from its secret stream."""
+    with seeds.seeded_globals(0):
+        model = build_model("mlp(hidden=[64])", load_dataset("digits").spec)
+    return DigestNN().wrap_model(model, context(client))
+
+
+def digested(client: int) -> Callable[[Tensor], Tensor]:
+    model = digit_network(client)
+    return lambda images: DigestNN().digested(model, images).detach()
+
+
+def inverted(
+    digests: list[Callable[[Tensor], Tensor]], images: Tensor, steps: int
+) -> Callable[[Tensor], Tensor]:
+    """Return what a network learns that goes from digests of public images to the images."""
+    with seeds.seeded_globals(0):
+        inverter = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 64, 256),
+            nn.ReLU(), nn.Linear(256, 64), nn.Sigmoid(), nn.Unflatten(1, (1, 8, 8)),
+        )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(inverter.parameters(), lr=1e-3)
+    for step in range(steps):
+        few = images[torch.randint(len(images), (64,), generator=generator)]
+        loss = (inverter(digests[step % len(digests)](few)) - few).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return lambda digest: inverter(digest).detach()
+
+
+@pytest.mark.parametrize("client", range(4))
+def test_an_attacker_gets_the_digest_exactly_and_the_image_not(client: int) -> None:
+    """The ratio attack on a first linear layer, scored against D(x) and against x."""
+    train = load_dataset("digits").train
+    image, label = train.images[client : client + 1], train.labels[client : client + 1]
+    model = digit_network(client)
+    gradient = true_gradient(model, (image, label))
+    weight, bias = gradient["1.weight"], gradient["1.bias"]
+    unit = bias.abs().argmax()
+    read = (weight[unit] / bias[unit]).view_as(image)
+    assert psnr(read, DigestNN().digested(model, image)) > 80
+    assert psnr(read, image) < 10
+
+
+@pytest.mark.slow
+def test_whoever_has_the_digest_inverts_it_and_surrogates_of_it_hardly_help() -> None:
+    images = load_dataset("digits").train.images
+    public, private = images[:1000], images[1000:1064]
+    guess = psnr(public.mean(dim=0, keepdim=True).expand_as(private), private)
+    clients = [digested(client) for client in range(4)]
+    surrogates = inverted([digested(100 + n) for n in range(200)], public, 1500)
+    print(f"mean image {guess:.1f} dB; D(x) itself, D known, 200 surrogates of D:")
+    for digest in clients:
+        seen = digest(private)
+        known = psnr(inverted([digest], public, 500)(seen), private)
+        blind = psnr(surrogates(seen), private)
+        print(f"{psnr(seen, private):.1f} {known:.1f} {blind:.1f}")
+        assert known > max(blind, guess) + 2
+        assert guess < blind < guess + 2

@@ -37,13 +37,22 @@ def update(steps: int, rate_of: Callable[[int], float]) -> Tensor:
     return torch.cat([(after - before).detach().flatten() for after, before in pairs])
 
 
-def cosine(steps: int, rate_of: Callable[[int], float]) -> float:
-    plain, other = update(steps, lambda _: RATE), update(steps, rate_of)
+def cosine(steps: int, rate_of: Callable[[int], float], base: float = RATE) -> float:
+    plain, other = update(steps, lambda _: base), update(steps, rate_of)
     return float(plain @ other / plain.norm() / other.norm())
 
 
-def by_step(step: int) -> float:
-    return LRPerturbation(every="step").learning_rate(RATE, context(step=step))
+def by_step(step: int, base: float = RATE) -> float:
+    return LRPerturbation(every="step").learning_rate(base, context(step=step))
+
+
+def drawn(steps: int, monkeypatch: pytest.MonkeyPatch, base: float = RATE) -> list[float]:
+    """Return the cosines under 20 secret keys."""
+    found = []
+    for key in range(1, 21):
+        monkeypatch.setenv("FEDSIM_SECRET_KEY", f"{key:02x}" * 32)
+        found.append(cosine(steps, lambda step: by_step(step, base), base))
+    return found
 
 
 @pytest.mark.parametrize("every", ["round", "step"])
@@ -86,14 +95,24 @@ def test_more_steps_are_turned_by_as_little_as_known(
     """A rate three times as high, and the mean over 20 secret keys of drawn ones.
 
     The known figures, 0.979 and 0.9988 for 5 steps, 0.977 and 0.972 for 20, do not name their model
-    and images.  The last is not met: 20 drawn steps are turned by a tenth of that here.
+    and images.  The last is not met, by no draw: it is one that 5 steps have here.
     """
     assert cosine(steps, lambda _: 3 * RATE) == pytest.approx(constant, abs=0.005)
-    drawn = []
-    for key in range(1, 21):
-        monkeypatch.setenv("FEDSIM_SECRET_KEY", f"{key:02x}" * 32)
-        drawn.append(cosine(steps, by_step))
-    assert sum(drawn) / len(drawn) == pytest.approx(by_draws, abs=slack)
+    cosines = drawn(steps, monkeypatch)
+    print(f"{steps} steps: {min(cosines):.4f} to {max(cosines):.4f}")
+    assert min(cosines) < 0.972 if steps == 5 else min(cosines) > 0.99
+    assert sum(cosines) / len(cosines) == pytest.approx(by_draws, abs=slack)
+
+
+def test_20_steps_turn_as_much_as_known_at_a_rate_that_the_other_figures_are_not_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At three times the rate some draw is below 0.972, and the constant one far below 0.977."""
+    faster = drawn(20, monkeypatch, 3 * RATE)
+    constant = cosine(20, lambda _: 9 * RATE, 3 * RATE)
+    print(f"from {min(faster):.4f}; constant {constant:.4f}")
+    assert min(faster) < 0.972
+    assert constant < 0.95
 
 
 def test_the_trainer_is_given_the_drawn_rate_and_the_auditor_is_told() -> None:

@@ -7,7 +7,10 @@ from torch import nn
 from clients.defenses.aside import gradient_of
 from clients.defenses.learning.obscure import Obscure, features, grouped
 from clients.defenses.learning.refiner import Refiner, key_weights
+from fedsim import seeds
+from fedsim.data import load_dataset
 from fedsim.defense import Defense
+from fedsim.models import build_model
 from tests.clients.a_step import a_step, few_images, joined, small_model
 
 
@@ -34,6 +37,34 @@ def test_a_longer_search_for_robust_data_keeps_the_key_parameters() -> None:
         seen.append(ctx.effects.pop("refiner").figures)
     assert seen[1]["cosine of key parameters"] > max(0.85, seen[0]["cosine of key parameters"])
     assert seen[1]["ssim to the private image"] < 0.3
+
+
+@pytest.mark.parametrize("image", range(3))
+def test_an_attacker_gets_the_robust_image_exactly_and_the_private_one_not(image: int) -> None:
+    """The ratio attack on a first linear layer, scored against x* and against x."""
+    data = load_dataset("photo-tiles")
+    one = data.train.subset(torch.tensor([40 * image]))
+    images, labels = one.images.float() / 255, one.labels
+    with seeds.seeded_globals(0):
+        model = build_model("mlp(hidden=[64])", data.spec)
+    true, ctx = a_step(model, (images, labels))
+    defense = Refiner()
+    made = defense.gradients(model, (images, labels), ctx)
+    objective = defense.objective(model, (images, labels), true, key_weights(model, true))
+    robust = defense.robust(images, objective, ctx)
+    weight, bias, *_ = made.values()
+    unit = bias.abs().argmax()
+    read = (weight[unit] / bias[unit]).view_as(images)
+    figures = ctx.effects["refiner"].figures
+    print(figures, f"PSNR to x* {psnr(read, robust):.1f}, to x {psnr(read, images):.1f}")
+    assert psnr(read, robust) > 100
+    assert psnr(read, images) < 13
+    assert figures["cosine of key parameters"] > 0.7
+    assert figures["ssim to the private image"] < 0.3
+
+
+def psnr(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float(-10 * (one - other).square().mean().clamp_min(1e-12).log10())
 
 
 def test_robust_data_stay_near_if_told() -> None:

@@ -26,30 +26,37 @@ class Cluster:
     folder: Path
     link: Link
     environment: dict[str, str]
-    nodes: list["subprocess.Popen[bytes]"] = field(default_factory=list)
+    superlink: "subprocess.Popen[bytes]"
+    port: int
+    count: int
+    nodes: dict[int, "subprocess.Popen[bytes]"] = field(default_factory=dict)
 
     def vault(self, node: int) -> Path:
         return self.folder / f"vault-{node}"
 
-    def start_node(self, node: int, count: int, port: int) -> None:
+    def state(self, node: int) -> Path:
+        return self.folder / f"state-{node}"
+
+    def log(self, node: int) -> Path:
+        return self.folder / f"node-{node}.log"
+
+    def start_node(self, node: int) -> None:
         data = self.folder / "data" / f"client-{node}.safetensors"
         config = (
-            f"partition-id={node} num-partitions={count} vault='{self.vault(node)}' "
-            f"dataset=\"tensors(path='{data}', test_fraction=0.0)\""
+            f"partition-id={node} num-partitions={self.count} vault='{self.vault(node)}' "
+            f"state='{self.state(node)}' dataset=\"tensors(path='{data}', test_fraction=0.0)\""
         )
-        log = (self.folder / f"node-{node}.log").open("w")
+        log = self.log(node).open("w")
         home = self.folder / f"home-{node}"
         home.mkdir(exist_ok=True)
-        self.nodes.append(
-            subprocess.Popen(
-                [tool("flower-supernode"), "--superlink", f"127.0.0.1:{port}",
-                 "--root-certificates", str(self.folder / "ca.crt"),
-                 "--auth-supernode-private-key", str(self.folder / f"node{node}"),
-                 "--host", "127.0.0.1", "--port", str(free_port()),
-                 "--node-config", config],
-                env={**self.environment, "FLWR_HOME": str(home)},
-                cwd=home, stdout=log, stderr=log, start_new_session=True,
-            )
+        self.nodes[node] = subprocess.Popen(
+            [tool("flower-supernode"), "--superlink", f"127.0.0.1:{self.port}",
+             "--root-certificates", str(self.folder / "ca.crt"),
+             "--auth-supernode-private-key", str(self.folder / f"node{node}"),
+             "--host", "127.0.0.1", "--port", str(free_port()),
+             "--node-config", config],
+            env={**self.environment, "FLWR_HOME": str(home)},
+            cwd=home, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
 
     def run(self, scenario: Path, seconds: float) -> tuple[str, str, str]:
@@ -98,8 +105,6 @@ def make_keys(folder: Path, nodes: int) -> None:
 @contextlib.contextmanager
 def cluster(folder: Path, nodes: int, home: Path) -> Iterator[Cluster]:
     """Start a SuperLink and SuperNodes; end every process that they started."""
-    import psutil
-
     make_keys(folder, nodes)
     port = free_port()
     environment = {
@@ -124,26 +129,35 @@ def cluster(folder: Path, nodes: int, home: Path) -> Iterator[Cluster]:
         env=link_environment, cwd=flwr_home, stdout=log.open("w"), stderr=subprocess.STDOUT,
         start_new_session=True,
     )  # fmt: skip
-    running = Cluster(folder, Link(folder, link_environment), environment)
+    running = Cluster(
+        folder, Link(folder, link_environment), environment, process, port, count=nodes
+    )
     try:
         wait_until_listening(process, port, log)
         for node in range(nodes):
             running.link.flwr("supernode", "register", str(folder / f"node{node}.pub"), "range")
         for node in range(nodes):
-            running.start_node(node, nodes, port)
+            running.start_node(node)
         yield running
     finally:
-        family = []
-        for parent in [*running.nodes, process]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                family += [*psutil.Process(parent.pid).children(recursive=True)]
-                family.append(psutil.Process(parent.pid))
-        for member in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.terminate()
-        _, alive = psutil.wait_procs(family, timeout=15)
-        for survivor in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                survivor.kill()
-        for node_process in [*running.nodes, process]:
-            node_process.wait()
+        end([*running.nodes.values(), process])
+
+
+def end(processes: "list[subprocess.Popen[bytes]]") -> None:
+    """End processes and all that they started: ask first, then kill."""
+    import psutil
+
+    family = []
+    for parent in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family += [*psutil.Process(parent.pid).children(recursive=True)]
+            family.append(psutil.Process(parent.pid))
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.terminate()
+    _, alive = psutil.wait_procs(family, timeout=15)
+    for survivor in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            survivor.kill()
+    for process in processes:
+        process.wait()

@@ -1,6 +1,7 @@
 """Epsilon: the anchors of other accountants, and what composition may not change."""
 
 import math
+from statistics import NormalDist
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from fedsim.accounting import (
     gaussian_epsilon,
     gaussian_multiplier,
     merged,
+    reconstruction_bound,
     renyi_epsilon,
     whole,
 )
@@ -123,3 +125,40 @@ def test_equal_releases_are_counted_together() -> None:
 def test_a_budget_is_held_against_the_tighter_bound(budget: float) -> None:
     releases = (Release(1.0, 0.1, 100),)
     assert exceeds(releases, DELTA, budget) == (epsilon(releases, DELTA) > budget)
+
+
+@pytest.mark.parametrize(
+    ("guess", "mu", "told"), [(0.1, 1, 0.389), (0.1, 0.1, 0.119), (0.1, 4, 0.997), (0.01, 1, 0.092)]
+)
+def test_the_anchors_of_reconstruction(guess: float, mu: float, told: float) -> None:
+    assert reconstruction_bound((Release(1 / mu),), guess) == pytest.approx(told, abs=1e-3)
+    four = (Release(2 / mu, count=4),)  # mu = sqrt(T) / multiplier
+    assert reconstruction_bound(four, guess) == pytest.approx(told, abs=1e-3)
+
+
+def test_sampling_everybody_almost_always_bounds_as_sampling_everybody() -> None:
+    """The search over privacy loss distributions finds the closed form."""
+    for mu in (0.1, 1.0, 4.0):
+        sampled = reconstruction_bound((Release(1 / mu, rate=1 - 1e-9),), 0.1)
+        assert sampled == pytest.approx(reconstruction_bound((Release(1 / mu),), 0.1), abs=1e-4)
+
+
+def test_the_best_test_of_a_sampled_release_reaches_the_bound_and_does_not_pass_it() -> None:
+    """Whether 1 was added to noise, half of the time: a threshold is the best test."""
+    rate, multiplier, guess = 0.5, 1.0, 0.1
+    bound = reconstruction_bound((Release(multiplier, rate),), guess)
+    threshold = NormalDist(0, multiplier).inv_cdf(1 - guess)  # passed that often by noise alone
+    passed = (1 - rate) * guess + rate * (1 - NormalDist(1, multiplier).cdf(threshold))
+    assert passed <= bound <= passed + 2e-3
+
+
+def test_what_a_guess_becomes_where_all_or_nothing_is_told() -> None:
+    assert reconstruction_bound((), 0.1) == 0.1
+    assert reconstruction_bound((Release(0.0),), 0.1) == 1.0
+    assert reconstruction_bound((Release(1e-5, 0.1, 1000),), 0.1) == 1.0  # beyond what is composed
+    twice = (Release(0.0, pure=math.log(2)),)
+    assert reconstruction_bound(twice, 0.1) == pytest.approx(0.2)
+    assert reconstruction_bound((*twice, Release(1.0)), 0.1) == pytest.approx(
+        reconstruction_bound((Release(1.0),), 0.2)
+    )
+    assert reconstruction_bound((Release(0.0, pure=3.0),), 0.1) == 1.0

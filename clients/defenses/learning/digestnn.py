@@ -13,7 +13,8 @@ distance of D(x) from x stands for it, and D's form and ``apart`` are ours.
 
 What it promises: gradients are of D(x): no attack that explains a gradient gets x from it alone.
 What it does not: D is a small network that keeps edges and shapes.  Its inverse can be learned by
-whom a client shows pairs, or with a surrogate of D; that was not tried here.  f is of use only
+whom a client shows pairs; with surrogates of D, drawn as clients draw theirs, it comes to little
+more than a guess (``tests/clients/test_defenses_digestnn.py``).  f is of use only
 behind a D: accuracy that the server measures on plain images says nothing of what clients get, who
 each have a D of their own; the report tells theirs on what they train on.
 """

@@ -10,8 +10,12 @@ It promises nothing.  After one local step an update is ``-eta_k g``: a factor t
 cosine divides out.  For FedSGD, which uploads ``g`` itself, it changes nothing and is refused.
 Over more steps a rate drawn once is one unknown scalar.  How far it turns the update hangs on what
 the steps are of: on one batch again and again hardly at all, over batches of single images a lot,
-where the rate is large.  What breaks it is an attack that matches by the cosine, or optimizes the
-rate along with the images; a ratio of rows that one image moves does not see it at all.
+where the rate is large.  On one image, 256 units and a rate of 0.01 a constant factor of 3 leaves
+cosines of 0.98 to the plain update after 5 and 20 steps; rates drawn for each step 0.954 to 1.000
+after 5, and 0.992 to 1.000 after 20, over which they average out (20 keys,
+``tests/clients/test_defenses_lr_perturbation.py``).  What breaks it is an attack that matches by
+the cosine, or optimizes the rate along with the images; a ratio of rows that one image moves does
+not see it at all.
 """
 
 from dataclasses import dataclass

@@ -95,17 +95,7 @@ class Refiner(Defense):
         images, labels = batch
         true = gradient_of(model, batch)
         weights = key_weights(model, true)
-        start = (1 - self.mix) * images + self.mix * uniform(
-            images, ctx.secret(self.name, ctx.round, ctx.step)
-        )
-        box = (images - self.radius).clamp_min(0), (images + self.radius).clamp_max(1)
-        robust, _ = descended(
-            start.clamp(*box),
-            self.objective(model, batch, true, weights),
-            self.iterations,
-            self.lr,
-            box=box,
-        )
+        robust = self.robust(images, self.objective(model, batch, true, weights), ctx)
         loss = cross_entropy(model(robust), labels)
         found = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
         made, g = torch.cat([f.flatten() for f in found]), flat(true)
@@ -118,6 +108,16 @@ class Refiner(Defense):
             ssim_to_the_private_image=float(similarity(robust, images).mean()),
         )
         return dict(zip(true, found, strict=True))
+
+    def robust(
+        self, images: Tensor, objective: Callable[[Tensor], Tensor], ctx: ClientContext
+    ) -> Tensor:
+        """Return x*, of the shape of images ``[B, C, H, W]``."""
+        noise = uniform(images, ctx.secret(self.name, ctx.round, ctx.step))
+        box = (images - self.radius).clamp_min(0), (images + self.radius).clamp_max(1)
+        start = ((1 - self.mix) * images + self.mix * noise).clamp(*box)
+        found, _ = descended(start, objective, self.iterations, self.lr, box=box)
+        return found
 
     def objective(
         self, model: nn.Module, batch: Batch, true: Tensors, weights: Tensor

@@ -343,3 +343,12 @@ def test_every_pair_of_colors_that_meets_can_be_read():
         ]
         for text, ground in meets:
             assert contrast(rgb[text], rgb[ground]) >= 4.5, (text, ground)
+
+
+def test_the_page_says_what_the_releases_make_of_a_guess(tmp_path):
+    """One release of as much noise as sensitivity: epsilon 4.377 at 1e-5, 10 % become 38.9 %."""
+    defended = json.loads(json.dumps(DEFENDED))
+    defended["receipts"][0]["releases"] = [[1.0, 1.0, 1, 0.0]]
+    _, _, page = written(build(tmp_path / "run", **defended))
+    assert "Right, at most" in page.text
+    assert "4.38 39 %" in page.text

@@ -140,6 +140,25 @@ def test_what_is_left_out_does_not_matter_to_the_match_but_to_labels():
     assert not torch.equal(found.examples, differs.examples)
 
 
+def test_what_is_left_out_may_be_anything_at_all():
+    """Not a number in a layer of no consequence: the same images as with zeros there."""
+    client = Honest("convnet(width=8)", spec())
+    _, (view,) = captured(client, tiles(), 1, 1)
+    first = next(iter(view.received))
+    broken, zero = (
+        dataclasses.replace(
+            view, received={**view.received, first: torch.full_like(view.received[first], value)}
+        )
+        for value in (float("nan"), 0.0)
+    )
+    attack = InvertingGradients(iterations=20, without=[first])
+    found, same = (attack.reconstruct([v], client.knowledge("B")) for v in (broken, zero))
+    assert len(found.examples) == 1
+    assert torch.equal(found.examples, same.examples)
+    blind = InvertingGradients(iterations=20).reconstruct([broken], client.knowledge("B"))
+    assert "not finite; left out" in " ".join(blind.receipts)
+
+
 def test_parts_that_leave_out_nothing_or_everything_are_refused():
     model = Honest("lenet", spec()).model()
     with pytest.raises(ValueError, match=r"no parameter's name has 'fcc'; there is: .*fc\.weight"):

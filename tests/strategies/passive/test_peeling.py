@@ -102,6 +102,16 @@ def test_what_it_returns_is_there_however_full_the_layer_is(units, size, precisi
     assert len(which.unique()) == len(which)
 
 
+def test_it_says_why_it_finds_nothing_where_hardly_more_units_than_examples_are_active():
+    honest = client(70)
+    images, labels = batch(tiles(), 64, 0, torch.float64)
+    found = peeled(honest, images, labels)
+    assert len(found.labels) == 0
+    (said,) = found.receipts
+    assert "0 of 64: " in said
+    assert "units are active, and it takes 72 to tell 64 examples from mixtures" in said
+
+
 def test_it_goes_on_where_linear_inversion_ends():
     """A batch that is not all alone comes back whole, in more than one round."""
     honest = client(400)

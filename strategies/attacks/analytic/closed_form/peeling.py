@@ -44,7 +44,7 @@ from strategies.attacks.analytic.closed_form.spear import label_slopes, mixed_ex
 PARALLEL = 0.99
 # An example is believed to be there so many times, at most: any number is near some multiple.
 MOST_COPIES = 3
-# So many more units than examples must be active for the span to tell mixtures.
+# So many more units than examples must be active: with fewer any mixture could lie in the span.
 SPARE = 8
 # So many examples must agree on a factor that clipping left.
 AGREEING = 3
@@ -133,7 +133,14 @@ class Peeling(Attack):
             if not count < min(model.get_parameter(f"{reading.name}.weight").shape):
                 receipts.append(f"{view.label}: {count} examples are too many for {reading.name}")
                 continue
-            found, rounds = Batch.of(view, model, reading, count, self.tolerance).peeled()
+            batch = Batch.of(view, model, reading, count, self.tolerance)
+            if (active := int((batch.bias != 0).sum())) < count + SPARE:
+                receipts.append(
+                    f"{view.label}: 0 of {count}: {active} units are active, and it takes "
+                    f"{count + SPARE} to tell {count} examples from mixtures of them"
+                )
+                continue
+            found, rounds = batch.peeled()
             pixels = (found.inputs - reading.offset) / reading.scale
             examples.append(pixels.clamp(0, 1).view(-1, *shape))
             labels.append(found.labels)
@@ -235,8 +242,6 @@ class Batch:
         An example that is there k times is returned k times.
         """
         parts, left = [], self.count
-        if int((self.bias != 0).sum()) < self.count + SPARE:  # any mixture could lie in the span
-            left = 0
         while left > 0:
             found = self._verified(self._ratios())
             copies = (found.shares / self.factor).round().long()
@@ -247,7 +252,7 @@ class Batch:
             self.weight -= self.factor * whole.slopes.T @ whole.inputs
             self.bias -= self.factor * whole.slopes.sum(dim=0)
             left -= len(whole.labels)
-        return Peeled.joined(parts or [self._ratios().take(torch.empty(0).long())]), len(parts)
+        return Peeled.joined(parts), len(parts)
 
     def _ratios(self) -> Peeled:
         """Return the ratio of each unit that is an image and whose g lies in the span."""

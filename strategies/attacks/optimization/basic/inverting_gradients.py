@@ -17,6 +17,7 @@ Soteria prunes (Balunovic et al., ICLR 2022), PRECODE's bottleneck and what foll
 (Scheliga et al. 2023).
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -78,8 +79,8 @@ class InvertingGradients(TakesLabels):
     simulate : bool
         Whether candidates go through the client's local training, not through one step.
     without : list of str
-        Parts of names of parameters that the match leaves out; labels are read off them all the
-        same.
+        Parts of names of parameters that the match leaves out, whatever is in them; labels are read
+        off them all the same, what is not finite as zero.
     """
 
     paper = Paper(
@@ -175,7 +176,15 @@ class InvertingGradients(TakesLabels):
             iterations=self.iterations,
             restarts=self.restarts,
         )
-        return invert(views, knowledge, recipe)
+        return invert([self._without_broken(view) for view in views], knowledge, recipe)
+
+    def _without_broken(self, view: ServerView) -> ServerView:
+        """Return a view whose left-out parameters are finite: they must not spoil the others."""
+        received = {
+            name: tensor.nan_to_num(0, 0, 0) if self._left_out(name) else tensor
+            for name, tensor in view.received.items()
+        }
+        return dataclasses.replace(view, received=received)
 
     def _cosine(self, group: Group) -> Objective:
         """Return the cosine over all parameters, or over those that are not left out."""
