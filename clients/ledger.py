@@ -119,6 +119,25 @@ class Accounted(Defense):
         return self.guarantee(epsilon(every, self.delta), plan)
 
 
+@dataclass(frozen=True, kw_only=True)
+class NoisedUpdate(Accounted):
+    """One that clips the update, and adds noise to it."""
+
+    @property
+    def noises(self) -> Place:
+        """The upload, which it clips before."""
+        return "update"
+
+    @property
+    def clips(self) -> Place:
+        """The upload."""
+        return "update"
+
+    def norm_bound(self, at: Place, entering: float | None) -> float | None:
+        """Return None after the noise: it has no bound."""
+        return entering if at == "gradient" else None
+
+
 def rounds_done(ctx: ClientContext, name: str) -> int:
     """Return in how many rounds this client released something under the defense ``name``."""
     count = ctx.store.get(_rounds(name))

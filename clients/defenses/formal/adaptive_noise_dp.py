@@ -30,17 +30,17 @@ from pydantic import Field
 
 from clients.defenses.perturbation.clip import Norm, clipped, global_norm
 from clients.defenses.toy import RATIO_ATTACK
-from clients.ledger import Accounted, rounds_done
+from clients.ledger import NoisedUpdate, rounds_done
 from clients.noise import noised
 from fedsim.accounting import Release, Releases
 from fedsim.attack import Paper, ToyCase
-from fedsim.defense import ClientContext, Place, Privacy, Rank, Tensors, TrainingPlan
+from fedsim.defense import ClientContext, Privacy, Rank, Tensors, TrainingPlan
 from fedsim.registry import register
 
 
 @register("defense", "adaptive-noise-dp")
 @dataclass(frozen=True, kw_only=True)
-class AdaptiveNoiseDP(Accounted):
+class AdaptiveNoiseDP(NoisedUpdate):
     """Clip the upload to a norm that follows this client's, and add noise that falls by round.
 
     Parameters
@@ -119,20 +119,6 @@ class AdaptiveNoiseDP(Accounted):
 
     def _multiplier(self, done: int) -> float:
         return max(self.sigma * self.decay**done, min(self.least, self.sigma))
-
-    @property
-    def noises(self) -> Place:
-        """The upload, which it clips before."""
-        return "update"
-
-    @property
-    def clips(self) -> Place:
-        """The upload."""
-        return "update"
-
-    def norm_bound(self, at: Place, entering: float | None) -> float | None:
-        """Return None after the noise: it has no bound."""
-        return entering if at == "gradient" else None
 
     def releases(self, plan: TrainingPlan, before: int) -> Releases:  # noqa: ARG002 - no sampling
         """The noised update, and the noised norm that the next clipping hangs on."""

@@ -23,17 +23,17 @@ from pydantic import Field
 
 from clients.defenses.perturbation.clip import Norm, clipped
 from clients.defenses.toy import RATIO_ATTACK
-from clients.ledger import Accounted
+from clients.ledger import NoisedUpdate
 from clients.noise import noised
 from fedsim.accounting import Release, Releases
 from fedsim.attack import Paper, Setting, ToyCase
-from fedsim.defense import ClientContext, Place, Privacy, Rank, Tensors, TrainingPlan
+from fedsim.defense import ClientContext, Privacy, Rank, Tensors, TrainingPlan
 from fedsim.registry import register
 
 
 @register("defense", "distributed-dp")
 @dataclass(frozen=True, kw_only=True)
-class DistributedDP(Accounted):
+class DistributedDP(NoisedUpdate):
     """Clip the upload to ``norm``, and add one client's share of the noise of the whole sum.
 
     Epsilon is told behind a channel that lets the server read sums only, of clients who weigh
@@ -136,20 +136,6 @@ class DistributedDP(Accounted):
         sent = noised(clipped(update, self.norm), self.share, self.noise(ctx))
         self.spend(ctx)
         return sent
-
-    @property
-    def noises(self) -> Place:
-        """The upload, which it clips before."""
-        return "update"
-
-    @property
-    def clips(self) -> Place:
-        """The upload."""
-        return "update"
-
-    def norm_bound(self, at: Place, entering: float | None) -> float | None:
-        """Return None after the noise: it has no bound."""
-        return entering if at == "gradient" else None
 
     def releases(self, plan: TrainingPlan, before: int) -> Releases:  # noqa: ARG002 - all alike
         """One mechanism a round, on the sum.

@@ -27,17 +27,17 @@ from pydantic import Field
 
 from clients.defenses.perturbation.clip import Norm, clipped
 from clients.defenses.toy import RATIO_ATTACK
-from clients.ledger import Accounted
+from clients.ledger import NoisedUpdate
 from clients.noise import noised
 from fedsim.accounting import Release, Releases, gaussian_multiplier
 from fedsim.attack import Paper, ToyCase
-from fedsim.defense import ClientContext, Place, Privacy, Rank, Tensors, TrainingPlan
+from fedsim.defense import ClientContext, Privacy, Rank, Tensors, TrainingPlan
 from fedsim.registry import register
 
 
 @register("defense", "local-dp")
 @dataclass(frozen=True, kw_only=True)
-class LocalDP(Accounted):
+class LocalDP(NoisedUpdate):
     """Clip the upload to ``norm`` and add the noise that gives ``epsilon`` at ``delta``.
 
     Parameters
@@ -94,20 +94,6 @@ class LocalDP(Accounted):
     def _multiplier(self, plan: TrainingPlan) -> float:
         rounds = plan.rounds if self.over == "run" else 1
         return _calibrated(self.epsilon, self.delta) * math.sqrt(rounds)
-
-    @property
-    def noises(self) -> Place:
-        """The upload, which it clips before."""
-        return "update"
-
-    @property
-    def clips(self) -> Place:
-        """The upload."""
-        return "update"
-
-    def norm_bound(self, at: Place, entering: float | None) -> float | None:
-        """Return None after the noise: it has no bound."""
-        return entering if at == "gradient" else None
 
     def releases(self, plan: TrainingPlan, before: int) -> Releases:  # noqa: ARG002 - all alike
         """One mechanism a round."""
