@@ -68,7 +68,7 @@ class Spear(Attack):
     Parameters
     ----------
     draws : int
-        At most, for each view.
+        At most, for each view; a batch of 20 photographs took 43 million, an hour of one core.
     layer : str or None
         Name of the fully connected layer; None takes the first one that reads the pixels.
     """
@@ -82,9 +82,9 @@ class Spear(Attack):
         "connected ReLU networks of widths 200 and 2000, 10,000 draws at once on a GPU",
         measured="mlp(hidden=[400], normalize=True), every batch exact and lambda 1. photo-tiles, "
         "4 batches of 8: float32 153 dB at least, float64 200 (the cap), 390 to 1,483 draws "
-        "(scenarios/spear.toml); CIFAR-10, 3 batches of 8: 156 and 200 dB, one of 16: 155 and 200 "
-        "dB (FEDSIM_TEST_DATA=... python -m pytest -m slow -s "
-        "tests/strategies/passive/test_spear.py)",
+        "(scenarios/spear.toml); CIFAR-10, 3 batches of 8: 156 and 200 dB, one of 16: 155 and 200, "
+        "one of 20: 200 in float64, after 42,562,102 draws (FEDSIM_TEST_DATA=... python -m pytest "
+        "-m slow -s tests/strategies/passive/test_spear.py)",
     )
     needs = frozenset({Capability.UPDATES, Capability.BASICS})
     unit = "views"
@@ -104,7 +104,7 @@ class Spear(Attack):
         high=199.0,
     )
 
-    draws: Annotated[int, Field(ge=1)] = 4_000_000
+    draws: Annotated[int, Field(ge=1)] = 50_000_000
     layer: str | None = None
 
     def check(self, model: nn.Module, kind: str) -> None:  # noqa: ARG002
