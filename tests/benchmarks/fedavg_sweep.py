@@ -50,7 +50,7 @@ ATTACKS = {
 }
 # All others do with C; this one trains on images like the clients'.
 WITH_SURROGATES = {"rog"}
-SIMULATING = {"inverting-gradients, simulated", "fedavg-leakage"}
+SIMULATING = {"inverting-gradients, simulated", "fedavg-leakage", "rog"}
 HEAD = """# Local training, by epochs and batch size
 
 {images} images of each of {clients} client(s) ({data}), `{model}`, untrained, rate {rate},

@@ -1,4 +1,4 @@
-"""Attacks on one gradient, all on the same 20 CIFAR-10 images: docs/methods/passive.md.
+"""Passive attacks, all on the same 20 CIFAR-10 images: docs/methods/passive.md.
 
     FEDSIM_TEST_DATA=... python tests/benchmarks/passive_table.py [--iterations 300]
         [--methods NAME ...] [--networks lenet resnet20 ...] [--sizes 1 4 8]
@@ -155,7 +155,7 @@ NETWORKS = {
     "lenet-tanh": Network("lenet(activation='tanh', init='default')"),
     "lenet": Network("lenet"),
     "resnet20": Network("resnet20(width=8)"),
-    "resnet18": Network("resnet18", WITH_STATISTICS, about="torchvision's, with its stem"),
+    "resnet18": Network("resnet18", WITH_STATISTICS, about="with the stem for small images"),
     "mlp": Network(
         "mlp(hidden=[400], normalize=True)",
         (PLAIN, "linear-inversion", "spear", "peeling"),
@@ -334,15 +334,18 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-HEAD = """# Attacks on one gradient, side by side
+HEAD = """# Passive attacks, side by side
 
-The same 20 CIFAR-10 images for all (training images {places}), the same captures, at most
-{iterations} iterations of one start unless the name says otherwise (two seeds where seeds work
-together): far fewer than the papers', so that the figures compare methods and say little of what
-each can reach. Each network untrained and after an epoch on 10,000 training images, BatchNorm in
-eval mode. PSNR in [0, 1], matched one to one by the auditor; "leaked" is PSNR of 20 dB or more;
-"floor" is the best guess that sees no update; "GE" are gradient evaluations. No LPIPS: its weights
-were not at hand. Seconds are of a machine that did other things too.
+CIFAR-10's training images {places}, dealt out alike in every cell: all 20 in batches of 1 and 4, 16
+of them in batches of 8 (other ones of them in `rounds` and `fedavg`). Every method of a cell works
+on the same captures, with at most {iterations} iterations of one start unless the name says
+otherwise (two seeds where seeds work together): far fewer than the papers', so that the figures
+compare methods and say little of what each can reach. Each network untrained and after an epoch on
+10,000 training images (`dropout` without dropping anything then); clients compute gradients with
+BatchNorm and dropout in eval mode, but for `dropout` and `fedavg-batchnorm`. PSNR in [0, 1],
+matched one to one by the auditor; "leaked" is PSNR of 20 dB or more; "floor" is the best guess that
+sees no update; "GE" are gradient evaluations. No LPIPS: its weights were not at hand. Seconds are
+of a machine that did other things too.
 
 What is below the floor leaked nothing that a mean image does not. Reasons that the methods
 themselves give, not measured here one by one: `dlg`'s squared distance is ruled by the layers with

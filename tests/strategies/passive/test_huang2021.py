@@ -5,7 +5,7 @@ figures.  PSNR stands for the paper's LPIPS here as there: what can be compared 
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -22,8 +22,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
-def reached(tmp_path_factory: pytest.TempPathFactory) -> Reached:
-    """Train the network under attack; return what runs a scenario against it, once."""
+def reached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reached]:
+    """Train the network under attack; yield what runs a scenario against it, once.
+
+    Under one secret key, so that clients mix the same images each time.
+    """
     out = tmp_path_factory.mktemp("huang2021")
 
     def ran(name: str, changes: dict[str, str]) -> Path:
@@ -42,7 +45,9 @@ def reached(tmp_path_factory: pytest.TempPathFactory) -> Reached:
         print(f"{name}: {found[0]:.1f} dB, floor {found[1]:.1f}")
         return found
 
-    return figures
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDSIM_SECRET_KEY", "21" * 32)
+        yield figures
 
 
 def test_pruning_hides_more_the_more_it_prunes_and_half_hides_nothing(reached: Reached):
@@ -67,6 +72,14 @@ def test_each_assumption_taken_away_costs(reached: Reached):
     assert no_labels > neither - 0.5
     assert strong - no_labels > strong - no_statistics  # labels are worth more than statistics
     assert neither > floor + 5
+
+
+def test_of_a_batch_of_sixteen_both_together_cost_most(reached: Reached):
+    strong, floor = reached("b16_1_strong")
+    less = [reached(f"b16_{name}")[0] for name in ("3_bn_proxy", "5_bn_none", "6_realistic")]
+    assert strong > max(less)
+    assert min(less) == less[-1]
+    assert strong > floor
 
 
 def test_mixtures_hide_most_and_with_flipped_signs_all(reached: Reached):

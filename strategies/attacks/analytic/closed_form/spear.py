@@ -184,13 +184,8 @@ class Spear(Attack):
                 best = tried
             return bool((best.agreement == 1).all())
 
-        columns = find_columns(
-            factors,
-            self.draws,
-            knowledge.generator("spear", view.label),
-            verified,
-            tell,
-        )
+        generator = knowledge.generator("spear", view.label)
+        columns = find_columns(factors, self.draws, generator, verified, tell)
         best.told = (
             f"{len(columns.found)} of {factors.rank} columns in {columns.draws} draws "
             f"({columns.dependent} of dependent rows) for {count} examples"
