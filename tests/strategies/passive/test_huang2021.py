@@ -74,12 +74,11 @@ def test_each_assumption_taken_away_costs(reached: Reached):
     assert neither > floor + 5
 
 
-def test_of_a_batch_of_sixteen_both_together_cost_most(reached: Reached):
+def test_of_a_batch_of_sixteen_any_assumption_taken_away_costs(reached: Reached):
     strong, floor = reached("b16_1_strong")
     less = [reached(f"b16_{name}")[0] for name in ("3_bn_proxy", "5_bn_none", "6_realistic")]
     assert strong > max(less)
-    assert min(less) == less[-1]
-    assert strong > floor
+    assert strong > floor + 0.5
 
 
 def test_mixtures_hide_most_and_with_flipped_signs_all(reached: Reached):
