@@ -197,9 +197,7 @@ class Likelihood:
         size = {name: _told(one, defense) for name, one in found.items()}
         noises = [name for name in ("gaussian", "laplace") if name in found]
         if names != [name for name in ORDER if name in found] or len(noises) > 1:
-            remedy = (
-                "write clip, then gaussian or laplace, then prune, each once, as clients apply them"
-            )
+            remedy = "write clip, gaussian or laplace, and prune, each once, as clients apply them"
             raise ScenarioError("attack: defense", defense, remedy)
         return cls(
             norm=size.get("clip"),
