@@ -223,8 +223,8 @@ class Defense:
     toy: ClassVar[ToyCase]
     #: Expressions of it at three strengths, the weakest first, with the clip that it needs, if any.
     strengths: ClassVar[tuple[str, ...]] = ()
-    #: The strongest attack there is on it that knows of it, and of the middle of the strengths; ""
-    #: where it is none but the usual.
+    #: The strongest attack on it that is built, at the middle of the strengths: one that knows of
+    #: it, where there is one.
     adversary: ClassVar[str] = ""
     #: Scenario keys that this attack wants otherwise than usual, by their dotted names: a round is
     #: not enough for it, or one client, or the model is not what it reads.
