@@ -88,11 +88,15 @@ class Accounted(Defense):
         ctx: ClientContext,
     ) -> Verdict:
         """Refuse a round that would exceed the budget; the reason tells nothing of the data."""
-        if self.budget is not None:
+        if (most := self.most()) is not None:
             coming = self.releases(ctx.plan, rounds_done(ctx, self.name))
-            if exceeds(released(ctx, self.name) + coming, self.delta, self.budget):
-                return Verdict(accept=False, reason=f"{SPENT} (epsilon {self.budget:g})")
+            if exceeds(released(ctx, self.name) + coming, self.delta, most):
+                return Verdict(accept=False, reason=f"{SPENT} (epsilon {most:g})")
         return Verdict(accept=True)
+
+    def most(self) -> float | None:
+        """Return the epsilon that a client never exceeds; None where there is no end."""
+        return self.budget
 
     def spend(self, ctx: ClientContext) -> None:
         """Enter this round in the ledger, and tell the auditor what stands there."""

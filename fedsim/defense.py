@@ -223,8 +223,8 @@ class Defense:
     toy: ClassVar[ToyCase]
     #: Expressions of it at three strengths, the weakest first, with the clip that it needs, if any.
     strengths: ClassVar[tuple[str, ...]] = ()
-    #: The strongest attack there is on it that knows of it, and of the middle of the strengths; ""
-    #: where it is none but the usual.
+    #: The strongest attack on it that is built, at the middle of the strengths: one that knows of
+    #: it, where there is one.
     adversary: ClassVar[str] = ""
     #: Scenario keys that this attack wants otherwise than usual, by their dotted names: a round is
     #: not enough for it, or one client, or the model is not what it reads.
@@ -234,6 +234,9 @@ class Defense:
     #: Whether its guarantee is of a sum over clients: there is none where uploads are read singly,
     #: or where another defense changes them before they are added.
     of_sums: ClassVar[bool] = False
+    #: Whether its guarantee counts on a trained model that is as it was received: there is none
+    #: where parameters are added that stay at home, for those are of private data.
+    reads_model: ClassVar[bool] = False
     #: Its place in a chain.
     rank: ClassVar[Rank] = Rank.CHECK
     #: Why nothing after it may change its uploads, at the client or the server; "" where all may.
@@ -406,6 +409,7 @@ def guarantees(
     if any(defense.refuses_on_examples for defense in defenses):
         return {}
     entering = norm_bounds(defenses, plan)
+    by_name = {defense.name: defense for defense in defenses}
     found = {
         d.name: d.privacy(plan, entering[d.name])
         for place, d in enumerate(defenses)
@@ -414,7 +418,9 @@ def guarantees(
     return {
         name: privacy
         for name, privacy in found.items()
-        if privacy is not None and not (privacy.unit == "example" and _mixes(defenses, name))
+        if privacy is not None
+        and not (privacy.unit == "example" and _mixes(defenses, name))
+        and not (by_name[name].reads_model and _others_wrap(defenses, name))
     }
 
 
@@ -450,7 +456,10 @@ def _mixes(defenses: Sequence[Defense], name: str) -> bool:
     it counted right where parameters are added that stay at home: they are of the examples too.
     """
     others = [defense for defense in defenses if defense.name != name]
-    return any(
-        d.rank in (Rank.DATA, Rank.GRADIENT) or type(d).wrap_model is not Defense.wrap_model
-        for d in others
-    )
+    touched = any(d.rank in (Rank.DATA, Rank.GRADIENT) for d in others)
+    return touched or _others_wrap(defenses, name)
+
+
+def _others_wrap(defenses: Sequence[Defense], name: str) -> bool:
+    """Say whether a defense other than ``name`` may add parameters that stay at home."""
+    return any(type(d).wrap_model is not Defense.wrap_model for d in defenses if d.name != name)

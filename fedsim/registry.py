@@ -35,6 +35,8 @@ PACKAGES = ("fedsim.data", "fedsim.models", "strategies", "clients")
 KINDS = (
     "attack", "channel", "dataset", "defense", "labels", "local", "model", "role", "statistics"
 )  # fmt: skip
+#: What is easily taken for another kind, and the scenario key of that.
+_TAKEN_FOR = {"defense": ("channel", "channel"), "channel": ("defense", "defenses")}
 
 Component = TypeVar("Component", bound=Callable[..., Any])
 _components: dict[str, dict[str, Callable[..., Any]]] = {kind: {} for kind in KINDS}
@@ -212,6 +214,9 @@ def build(kind: str, expression: Expression | str, key: str, *given: Any) -> Any
     known = components(kind)
     if expression.name not in known:
         remedy = f"no {kind} has this name; {nearest(expression.name, list(known))}"
+        other, under = _TAKEN_FOR.get(kind, (kind, key))
+        if expression.name in components(other):
+            remedy = f"it is a {other}, not a {kind}: write it under the key {under!r}"
         raise ScenarioError(key, expression.name, remedy)
     component = known[expression.name]
     arguments = check_arguments(component, expression, key, skip=len(given))

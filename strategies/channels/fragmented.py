@@ -13,7 +13,8 @@ client makes a key pair (X25519) and the server tells each its partner's public 
 and sends ``M w`` encrypted with ChaCha20-Poly1305 under a key of its own direction, bound to the
 round; each decrypts its partner's, mixes and uploads.  M comes out of the shared secret too
 (ChaCha20's stream), so that it never travels.  Private keys come from the client's secret stream,
-or from the operating system (``secret='entropy'``).
+or from the operating system (``secret='entropy'``).  They do not survive a restart: a client that
+is started anew within a round has no key any more, and sits the round out.
 
 **Unequal clients.**  A client of n examples weighs n in the federation's mean, and the sum that has
 to stay is ``n_k w_k + n_j w_j``.  Both upload updates scaled by ``n / m`` and say that they weigh
@@ -196,10 +197,16 @@ def _public_key(asked: ConfigRecord, memory: ConfigRecord, context: Context) -> 
 
 
 def _private_key(context: Context, server_round: int, made: int) -> bytes:
-    """Return a new private key: the operating system's, or the secret stream's, which repeats."""
+    """Return a new private key: the operating system's, or the secret stream's.
+
+    That hangs on the process too: a client that was started anew has lost its count, and asked for
+    the same round again it must not seal another fragment under the same key and nonce.  Under
+    ``FEDSIM_SECRET_KEY`` it repeats.
+    """
     if context.node_config.get("secret") == "entropy":
         return secrets.token_bytes(32)
-    names = "fragmented", context.node_id, server_round, made
+    fresh = [process] if (process := seeds.of_this_process()) else []
+    names = "fragmented", context.node_id, server_round, made, *fresh
     seed = cast(int, context.run_config["seed"])
     return seeds.secret_bytes(seed, *names, run_id=context.run_id)
 

@@ -35,7 +35,16 @@ class Row:
         return {"channel" if self.channel else "defenses": self.expression}
 
 
-NOTHING = Row("none", "none")
+#: As many iterations and as much total variation as most who know of a defense get.
+NOTHING = Row(
+    "none", "none", adversary="bayes(iterations=200, tv=0.1, defense='laplace(scale=0.005)')"
+)
+# What ends a run as one that failed, and is an outcome all the same: the machine has no part in it.
+NO_CANDIDATE, TURNED_AWAY, UNCHANGED = (
+    "returned no candidate",
+    "its upload is over the ",
+    "is switched on and changed 0/",
+)
 
 
 def rows(*, every_strength: bool = False) -> Iterator[Row]:
@@ -69,6 +78,22 @@ def against(row: Row) -> tuple[bool, dict[str, Any]]:
     return isinstance(attack, Manipulation), keys
 
 
+def settled(error: str) -> dict[str, Any] | None:
+    """Return the report of a run that ended in ``error``; None where another try may do better.
+
+    ``nothing`` says that an attack was made and got nothing.
+    """
+    reason = error.splitlines()[0].removeprefix("failed: ").split(" (report:")[0]
+    if NO_CANDIDATE in reason:
+        return {"leak": None, "nothing": reason}
+    _, unusable, why = reason.partition("no round had a usable reply: ")
+    if unusable and all(one.startswith(TURNED_AWAY) for one in why.split("; ")):
+        return {"leak": None, "nothing": "every upload was turned away"}
+    if UNCHANGED in reason:
+        return {"refused": reason}
+    return None
+
+
 class NotRunError(Exception):
     """A cell is not there, and is not to be run now."""
 
@@ -76,7 +101,10 @@ class NotRunError(Exception):
 def measured(
     flat: dict[str, Any], out: Path, command: str, *, finished: bool = False
 ) -> dict[str, Any]:
-    """Return a run's report, kept without its run; ``refused`` says why there is none.
+    """Return a run's report, kept without its run.
+
+    ``refused`` says why there is none, ``nothing`` that the attack got nothing (:func:`settled`).
+    What failed otherwise is told, and not kept.
 
     Raises
     ------
@@ -87,7 +115,11 @@ def measured(
     file = out / f"{flat['title']}-{told}.json"
     if file.exists():
         kept: dict[str, Any] = json.loads(file.read_text())
-        return kept
+        refused = str(kept.get("refused", ""))
+        if not refused.startswith("failed: "):
+            return kept
+        if (known := settled(refused)) is not None:
+            return known
     if finished:
         raise NotRunError
     common = {"federation.threads": 1, "federation.timeout": 3000.0, "output.dir": str(out)}
@@ -100,6 +132,9 @@ def measured(
     except ScenarioError as error:
         report = {"refused": error.remedy}
     except RunFailed as error:
-        report = {"refused": f"failed: {error}".splitlines()[0]}
+        known = settled(str(error))
+        if known is None:
+            return {"refused": f"failed: {error}".splitlines()[0].split(" (report:")[0]}
+        report = known
     file.write_text(json.dumps(report))
     return report

@@ -7,7 +7,8 @@ The same 64 CIFAR-10 images for all (training images 0, 100 ... 6300).  Passive 
 image a client, from 64 clients; an imprint gets 8 images from each of 8.  Accuracy is of a
 federation of its own: 8 clients, 4,000 images, ten rounds.  Finished cells are kept in ``--out``,
 one file each, so that the command goes on where it stopped; delete them when a method changes.
-``--finished`` draws the rows that have all theirs, and runs nothing.
+``--finished`` draws the rows that have all theirs, and runs nothing; ``--only`` runs those of some
+names, and draws what is finished of the others too.
 """
 
 import argparse
@@ -69,14 +70,16 @@ HEAD = """# Every defense against its attackers
 The same 64 CIFAR-10 images for all (training images 0, 100 ... 6300); a cell is leaked images of 64
 at PSNR 20 dB, mean PSNR in dB, mean SSIM, and labels rightly named. `ratio`: `linear-inversion` on
 an `mlp`, one image a client. `matching`: `inverting-gradients`, 200 iterations, on a `convnet`, one
-image a client. `imprint`: `robbing-the-fed` with 128 bins before a `convnet`, 8 images from each
-of 8 clients. `adaptive`: the attack that knows of the defense, on the federation of `matching` or
-`imprint` but for what it asks for (`adversary_setting`). Accuracy: ten
+image a client. `imprint`: `robbing-the-fed` with 128 bins before a `convnet`, 8 images from each of
+8 clients. `adaptive`: the attack that a defense names, the strongest that is built; of `ats`,
+`digestnn`, `instahide`, `label-smoothing`, `obscure`, `refiner` and `emulated-ppfl` that is one
+that does not know of it, and undefended the control of those that count on Laplace noise. On the
+federation of `matching` or `imprint` but for what it asks for (`adversary_setting`). Accuracy: ten
 rounds of 8 clients with 4,000 images, and the seconds and bytes sent up of these rounds. In
 parentheses is what was changed where a defense does nothing, or refuses: three local steps, the
-network in train mode, 8 or 32 images a client. "nothing": every client refused, or the attack
-returned nothing. Rows that are missing were not run. LPIPS is not computed: its weights were not at
-hand. Seconds are of a machine that did other things too; [what a defended round
+network in train mode, 8 or 32 images a client. "nothing": every client refused or was turned away,
+or the attack returned nothing. Rows that are missing were not run. LPIPS is not computed: its
+weights were not at hand. Seconds are of a machine that did other things too; [what a defended round
 costs](defenses-overhead.md) was measured in turns.
 
 One command: `{command}`.
@@ -93,24 +96,33 @@ def cell(row: Row, title: str, out: Path, *, finished: bool) -> str:
     return told(flat, out, finished=finished)
 
 
+def named(row: Row, dataset: str) -> dict[str, Any]:
+    """Return the scenario of the attack that a defense names."""
+    manipulates, keys = against(row)
+    usual = ATTACKS["imprint" if manipulates else "matching"]
+    return {"title": "adaptive", "data.dataset": dataset, **usual, **row.keys, **keys}
+
+
 def adaptive(row: Row, out: Path, *, finished: bool) -> str:
-    """Return what the attack that knows of a defense got."""
+    """Return what the attack that a defense names got."""
     if not row.adversary:
         return ""
-    flat = {"title": "adaptive", "data.dataset": cifar(out, range(0, 6400, 100), "sixty-four")}
-    manipulates, keys = against(row)
-    flat |= ATTACKS["imprint" if manipulates else "matching"] | row.keys | keys
+    flat = named(row, cifar(out, range(0, 6400, 100), "sixty-four"))
     return f"`{row.adversary}`: {told(flat, out, finished=finished)}"
 
 
 def varied(
     flat: dict[str, Any], out: Path, command: str, *, finished: bool = False
 ) -> tuple[dict[str, Any], str]:
-    """Return the report of the first variation that leaks or could, and which it was."""
+    """Return the report of the first variation that leaks or could, and which it was.
+
+    An attack that was made and got nothing is an answer; so is a run that failed.
+    """
     first = None
     for note, changes in VARIATIONS.items():
         report = measured({**flat, **changes}, out, command, finished=finished)
-        if "refused" not in report and report["leak"]:
+        failed = report.get("refused", "").startswith("failed: ")
+        if failed or "nothing" in report or report.get("leak"):
             return report, note
         first = first or report
     assert first is not None
@@ -124,11 +136,11 @@ def told(flat: dict[str, Any], out: Path, *, finished: bool) -> str:
         return f"refused: {report['refused'].split(';')[0]}"
     leak = report["leak"]
     if not leak:
-        return "nothing"
+        return "nothing" + note
     labels = leak["label_accuracy"]
-    named = "" if labels is None else f", {labels:.2f}"
+    right = "" if labels is None else f", {labels:.2f}"
     figures = f"{leak['leaked']}, {leak['psnr']['mean']:.1f}, {leak['ssim']['mean']:.2f}"
-    return figures + named + note
+    return figures + right + note
 
 
 def trained(
@@ -138,7 +150,8 @@ def trained(
     report = measured(flat, out, command, finished=finished)
     if "refused" in report:
         changes = VARIATIONS[" (train mode)"]
-        report = measured({**flat, **changes}, out, command, finished=finished)
+        varied = measured({**flat, **changes}, out, command, finished=finished)
+        return report if "refused" in varied else varied
     return report
 
 
@@ -146,25 +159,30 @@ def accuracy(row: Row, out: Path, *, finished: bool) -> tuple[str, str, str]:
     """Return accuracy, seconds and megabytes sent up of a federation that only trains."""
     flat = TRAINING | row.keys | {"data.dataset": cifar(out, range(4000), "four-thousand")}
     report = trained(flat, out, COMMAND, finished=finished)
-    if "refused" in report:
-        return f"refused: {report['refused'].split(';')[0]}", "", ""
+    if "federation" not in report:
+        why = report.get("refused") or report["nothing"]
+        return f"refused: {why.split(';')[0]}", "", ""
     found = report["federation"]
     after, up = found["accuracy"]["after"], found["bytes_up"] / 1e6
     return f"{after:.3f}", f"{found['seconds']:.0f}", f"{up:.0f}"
 
 
-def page(chosen: list[Row], out: Path, *, finished: bool) -> str:
-    """Return the page; without the rows that are not there, where only what is finished counts."""
+def page(out: Path, *, only: list[str] | None, finished: bool) -> str:
+    """Return the page; without the rows that are not there, where only what is finished counts.
+
+    That is everywhere but in rows of ``only``, where some are named.
+    """
     lines = []
-    for row in chosen:
+    for row in rows():
+        keep = finished or not (only is None or row.name in only)
         try:
             cells = [f"`{row.expression}`"]
-            cells += [cell(row, title, out, finished=finished) for title in ATTACKS]
-            cells.append(adaptive(row, out, finished=finished))
+            cells += [cell(row, title, out, finished=keep) for title in ATTACKS]
+            cells.append(adaptive(row, out, finished=keep))
         except NotRunError:
             continue
         try:
-            cells += accuracy(row, out, finished=finished)
+            cells += accuracy(row, out, finished=keep)
         except NotRunError:
             cells += ["not run", "", ""]
         lines.append("| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |")
@@ -181,8 +199,8 @@ def main() -> None:
     given = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.ERROR)
     given.out.mkdir(parents=True, exist_ok=True)
-    chosen = [row for row in rows() if given.only is None or row.name in given.only]
-    given.page.write_text(page(chosen, given.out.absolute(), finished=given.finished))
+    text = page(given.out.absolute(), only=given.only, finished=given.finished)
+    given.page.write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """The attack that a defense or a channel names as the one that knows of it can act on it."""
 
+import hashlib
+import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +10,7 @@ import pytest
 
 from fedsim import registry
 from fedsim.parts import Parts, check
-from tests.benchmarks.defense_rows import Row, against, rows
+from tests.benchmarks.defense_rows import Row, against, rows, settled
 from tests.fedsim.small import scenario
 
 NAMED = [row for row in rows() if row.adversary]
@@ -45,3 +48,45 @@ DETECTORS = {
     for name, made in registry.components("defense").items()
     if ".detection." in made.__module__
 }
+
+
+@pytest.mark.parametrize(
+    ("error", "report"),
+    [
+        (
+            "attack 'linear-inversion' returned no candidate (report: /a/b/report.html)",
+            {"leak": None, "nothing": "attack 'linear-inversion' returned no candidate"},
+        ),
+        (
+            "no round had a usable reply: its upload is over the L2 and the Linf bound; "
+            "its upload is over the L2 bound",
+            {"leak": None, "nothing": "every upload was turned away"},
+        ),
+        (
+            "defense 'clip' is switched on and changed 0/80 uploads (report: /a/b/report.html)",
+            {"refused": "defense 'clip' is switched on and changed 0/80 uploads"},
+        ),
+        ("no round had a usable reply: its upload is over the L2 bound; timed out", None),
+        ("no round had a usable reply: no reply at all", None),
+        ("bayes's process was killed", None),
+    ],
+)
+def test_a_benchmark_keeps_what_is_an_outcome_and_no_other_failure(
+    error: str, report: dict[str, Any] | None
+) -> None:
+    assert settled(error) == report
+    assert settled(f"failed: {error}") == report  # as older cells have it
+
+
+def test_an_attack_that_got_nothing_is_not_tried_in_other_federations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    table = importlib.import_module("defense_table")
+    flat = {"title": "ratio", "attack": "linear-inversion"}
+    written = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16]
+    kept = {"refused": "failed: attack 'x' returned no candidate (report: /a/report.html)"}
+    (tmp_path / f"ratio-{written}.json").write_text(json.dumps(kept))
+    report, note = table.varied(flat, tmp_path, "a test", finished=True)
+    assert (report["leak"], note) == (None, "")
+    assert report["nothing"] == "attack 'x' returned no candidate"

@@ -1,5 +1,6 @@
 """The ledger: what a client spent survives, adds up, and stops it."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tests.fedsim.small import federated, scenario
 from tests.fedsim.test_determinism import Asker
 
 DELTA = 1e-5
+NOBODY, NOTHING = torch.nn.Identity(), (torch.zeros(0), torch.zeros(0))
 
 
 def test_two_rounds_with_restored_state_are_one_long_run() -> None:
@@ -61,6 +63,21 @@ def test_a_spent_budget_stops_a_client_and_nothing_more_is_told(tmp_path: Path) 
     assert refusals == [(r, c, True) for r in (3, 4) for c in range(4)]
     reasons = {f["reason"] for f in ran.federation["failures"]}
     assert reasons == {"local-dp refused the model: its privacy budget is spent (epsilon 1.5)"}
+
+
+@pytest.mark.parametrize(("epsilon", "rounds"), [(0.5, 7), (8.0, 1), (8.0, 3), (1000.0, 10)])
+def test_local_dp_of_a_run_ends_where_its_noise_was_sized_for(epsilon: float, rounds: int) -> None:
+    ctx, defense = context(), LocalDP(epsilon=epsilon)
+    ctx.plan = dataclasses.replace(ctx.plan, rounds=rounds)
+    for _ in range(rounds):
+        assert defense.inspect(NOBODY, {}, NOTHING, ctx).accept
+        defense.transform_update({"a": torch.ones(4)}, ctx)
+    refused = defense.inspect(NOBODY, {}, NOTHING, ctx)
+    assert not refused.accept
+    assert refused.reason == f"its privacy budget is spent (epsilon {epsilon:g})"
+    wider = dataclasses.replace(defense, budget=2.0 * epsilon + 1)
+    assert wider.inspect(NOBODY, {}, NOTHING, ctx).accept
+    assert dataclasses.replace(defense, over="round").inspect(NOBODY, {}, NOTHING, ctx).accept
 
 
 def test_what_was_spent_stands_in_the_report_beside_what_was_promised(tmp_path: Path) -> None:

@@ -298,6 +298,16 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "data.partition",
         "min_partition_size",
     ),
+    "a channel among the defenses": (
+        {"defenses": "secagg | quantize"},
+        "defenses",
+        "it is a channel, not a defense: write it under the key 'channel'",
+    ),
+    "a defense as the channel": (
+        {"channel": "quantize"},
+        "channel",
+        "it is a defense, not a channel: write it under the key 'defenses'",
+    ),
     "secure aggregation of one": (
         {"channel": "secagg", "federation.clients": 1},
         "channel",

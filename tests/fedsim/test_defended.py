@@ -21,6 +21,7 @@ from fedsim.view import SavedViews
 from tests.fedsim.small import federated, plug_in, scenario
 
 RATE = "private.rate"
+PUBLIC_DPFL = "dpfl(sensitivity='vector', activity='public')"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +175,10 @@ def test_clipping_before_noise_and_compressing_after_it_are_in_order(
         ("label-based | local-dp", set()),
         ("dp-sgd | graddefense", set()),
         ("spn | fed-cdp", set()),
+        (PUBLIC_DPFL, {"dpfl"}),
+        (f"pefl(private=True) | {PUBLIC_DPFL}", set()),
+        (f"digestnn | {PUBLIC_DPFL}", set()),
+        (f"spn | {PUBLIC_DPFL}", set()),
     ],
 )
 def test_no_epsilon_is_told_where_something_else_tells_of_the_examples(

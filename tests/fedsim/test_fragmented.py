@@ -245,6 +245,21 @@ def test_a_server_that_goes_back_to_a_round_gets_another_key() -> None:
     assert len(set(keys)) == 4
 
 
+def test_a_client_started_anew_has_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has lost its count of keys; under FEDSIM_SECRET_KEY it must repeat all the same."""
+
+    def key(process: int) -> object:
+        monkeypatch.setattr("os.getpid", lambda: process)
+        context = Context(7, 1, {}, RecordDict(), {"seed": 3})
+        asked = ConfigRecord({"stage": "keys", "round": 1})
+        return _public_key(asked, ConfigRecord(), context).config_records[RECORD]["key"]
+
+    monkeypatch.delenv("FEDSIM_SECRET_KEY", raising=False)
+    assert key(11) != key(12)
+    monkeypatch.setenv("FEDSIM_SECRET_KEY", "11" * 32)
+    assert key(11) == key(12)
+
+
 def test_a_cohort_of_one_is_refused() -> None:
     with pytest.raises(ValueError, match="makes no pair"):
         build("channel", "fragmented", "channel").check(1, 8)

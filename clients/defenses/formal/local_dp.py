@@ -34,6 +34,8 @@ from fedsim.attack import Paper, ToyCase
 from fedsim.defense import ClientContext, Privacy, Rank, Tensors, TrainingPlan
 from fedsim.registry import register
 
+ROUNDING = 1e-7  # what the noise of all rounds, summed up again, may be off by
+
 
 @register("defense", "local-dp")
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,9 @@ class LocalDP(NoisedUpdate):
         What the server may learn of one client, for ``over``.
     over : {"run", "round"}
         Whether ``epsilon`` is of all rounds of the run together or of each.
+    budget : float or None
+        As ever; None is ``epsilon`` where that is of the run, so that a server that goes on after
+        its last round is refused, and no end where it is of a round.
     """
 
     paper: ClassVar[Paper] = Paper(
@@ -80,6 +85,12 @@ class LocalDP(NoisedUpdate):
     norm: Norm = 1.0
     epsilon: Annotated[float, Field(gt=0, le=1e6)] = 8.0
     over: Literal["run", "round"] = "run"
+
+    def most(self) -> float | None:
+        """Return the budget, or the run's epsilon with what rounding of a sum may add to it."""
+        if self.budget is None and self.over == "run":
+            return self.epsilon * (1 + ROUNDING)
+        return self.budget
 
     def transform_update(self, update: Tensors, ctx: ClientContext) -> Tensors:
         """Clip, add the noise, and enter it in the ledger."""

@@ -78,8 +78,8 @@ class DigestNN(Defense):
         "digestnn(apart=0.5)",
         "digestnn(apart=0.9)",
     )
-    # It returns the stand-in.  Nothing here leads from there to the image: an inverter trained on
-    # public pairs is not built.
+    # It returns the stand-in.  What leads from there to the image, an inverter trained on public
+    # pairs, is not built as an attack on a run; in tests/clients/test_defenses_digestnn.py it is.
     adversary: ClassVar[str] = "inverting-gradients(iterations=200, tv=1e-2)"
 
     width: Annotated[int, Field(ge=1)] = 16

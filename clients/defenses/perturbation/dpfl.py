@@ -14,8 +14,10 @@ biases get none; nothing is clamped, so that the sensitivity is not what the sca
 What it promises: by default nothing.  Its scale is for one coordinate; a vector of d coordinates
 has d times the L1 sensitivity, and shares taken from private images leak through the scales.  With
 ``sensitivity="vector"`` and ``activity="public"`` both are as they must be, and an epsilon is told:
-the noise is then d_l times larger, and nothing is learned through it at any epsilon of use.  What
-breaks the default: averaging over rounds, and total variation, which takes noise off.
+the noise is then d_l times larger, and nothing is learned through it at any epsilon of use.  There
+is none beside a defense that wraps the model (``digestnn``, ``pefl``, ``spn``, ``fedkl``): activity
+is of the model in training, and a part that stays at home has moved on private images.  What breaks
+the default: averaging over rounds, and total variation, which takes noise off.
 """
 
 import copy
@@ -75,6 +77,7 @@ class DPFL(Defense):
         high=14.0,
     )
     rank: ClassVar[Rank] = Rank.GRADIENT
+    reads_model: ClassVar[bool] = True
     strengths: ClassVar[tuple[str, ...]] = (
         "dpfl(epsilon=1000.0)",
         "dpfl(epsilon=100.0)",
@@ -168,7 +171,8 @@ class DPFL(Defense):
         Replacing all of a client's data moves each entry by at most ``2 limit``, a layer of d_l by
         ``2 d_l limit`` in L1, which its Laplace noise of scale ``2 d_l limit / epsilon_l`` hides;
         the layers' epsilon_l sum to epsilon, the rounds add up.  The shares are of the model
-        received and of public images, if the model is: FedAvg's has seen private ones by then.
+        received and of public images, if the model is: FedAvg's has seen private ones by then,
+        and so have parameters that stay at home (``reads_model``).
         """
         if not self._promises(plan):
             return None

@@ -65,7 +65,7 @@ class GradDefense(Defense):
         venue="INFOCOM",
         year=2022,
         published="no figure was read",
-        measured="fedsim run scenarios/graddefense.toml (convnet(stride=2), inverting- "
+        measured="fedsim run scenarios/graddefense.toml (convnet(stride=2), inverting-"
         "gradients): 22.8 dB, 30.9 undefended; with ones for the projection 22.8, "
         "with noise on all ten 19.9",
     )

@@ -161,6 +161,8 @@ def orthogonal_to(layer: torch.Tensor) -> torch.Tensor:
         ("precode", "prune"),
         ("gaussian(std=0.1) | clip(norm=1)", "as clients apply"),
         ("gaussian(std=0.1) | laplace(scale=0.1)", "gaussian or laplace"),
+        ("clip(norm=1) | clip(norm=2)", "each once"),
+        ("censor | censor", "each once|write it alone"),
         ("censor | gaussian(std=0.1)", "write it alone"),
     ],
 )

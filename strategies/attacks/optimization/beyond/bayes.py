@@ -189,13 +189,15 @@ class Likelihood:
         ScenarioError
             If a defense, or what its likelihood needs to be told, is not there.
         """
-        found = {one.name: one for one in registry.parse(defense, "attack: defense")}
-        if list(found) == [ALONE]:
+        chain = registry.parse(defense, "attack: defense")
+        names = [one.name for one in chain]
+        if names == [ALONE]:
             return cls(orthogonal=True)
+        found = dict(zip(names, chain, strict=True))
         size = {name: _told(one, defense) for name, one in found.items()}
         noises = [name for name in ("gaussian", "laplace") if name in found]
-        if list(found) != [name for name in ORDER if name in found] or len(noises) > 1:
-            remedy = "write clip, then gaussian or laplace, then prune, as clients apply them"
+        if names != [name for name in ORDER if name in found] or len(noises) > 1:
+            remedy = "write clip, gaussian or laplace, and prune, each once, as clients apply them"
             raise ScenarioError("attack: defense", defense, remedy)
         return cls(
             norm=size.get("clip"),
