@@ -60,8 +60,8 @@ class Clip(Defense):
         "clip(norm=0.1)",
         "clip(norm=0.02)",
     )
-    # A cosine does not mind one factor for all.
-    # With noise that nobody adds: its likelihood is the distance of every entry in absolute value.
+    # A cosine does not mind one factor for all.  The noise is none of the clients': it makes the
+    # distance that of absolute values, entry by entry, which finds more.
     adversary: ClassVar[str] = (
         "bayes(iterations=200, tv=0.1, defense='clip(norm=0.1) | laplace(scale=0.0003)')"
     )
