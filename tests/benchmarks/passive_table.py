@@ -309,6 +309,7 @@ def attacked(
         result = figures(report)
         shutil.rmtree(folder.path)
     except RunFailed as error:
+        print(f"-- {cell.name}: {method} failed: {error}", flush=True)
         return {"refused": str(error)}
     except (ScenarioError, NotGranted) as error:
         result = {"refused": getattr(error, "remedy", None) or str(error)}
@@ -336,10 +337,10 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
 
 HEAD = """# Passive attacks, side by side
 
-CIFAR-10's training images {places}, dealt out alike in every cell: all 20 in batches of 1 and 4, 16
-of them in batches of 8 (other ones of them in `rounds` and `fedavg`). Every method of a cell works
-on the same captures, with at most {iterations} iterations of one start unless the name says
-otherwise (two seeds where seeds work together): far fewer than the papers', so that the figures
+CIFAR-10's training images {places}, dealt out alike in every cell: all 20
+in batches of 1 and 4, 16 of them in batches of 8 (other ones of them in `rounds` and `fedavg`).
+Every method of a cell works on the same captures, with at most {iterations} iterations of one start
+unless the name says otherwise (two seeds where seeds work together): far fewer than the papers', so that the figures
 compare methods and say little of what each can reach. Each network untrained and after an epoch on
 10,000 training images (`dropout` without dropping anything then); clients compute gradients with
 BatchNorm and dropout in eval mode, but for `dropout` and `fedavg-batchnorm`. PSNR in [0, 1],
