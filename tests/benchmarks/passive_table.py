@@ -337,16 +337,16 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
 
 HEAD = """# Passive attacks, side by side
 
-CIFAR-10's training images {places}, dealt out alike in every cell: all 20
-in batches of 1 and 4, 16 of them in batches of 8 (other ones of them in `rounds` and `fedavg`).
-Every method of a cell works on the same captures, with at most {iterations} iterations of one start
-unless the name says otherwise (two seeds where seeds work together): far fewer than the papers', so that the figures
-compare methods and say little of what each can reach. Each network untrained and after an epoch on
-10,000 training images (`dropout` without dropping anything then); clients compute gradients with
-BatchNorm and dropout in eval mode, but for `dropout` and `fedavg-batchnorm`. PSNR in [0, 1],
-matched one to one by the auditor; "leaked" is PSNR of 20 dB or more; "floor" is the best guess that
-sees no update; "GE" are gradient evaluations. No LPIPS: its weights were not at hand. Seconds are
-of a machine that did other things too.
+CIFAR-10's training images {places}, dealt out alike in every cell: all 20 in batches of 1 and 4,
+16 of them in batches of 8 (other ones of them in `rounds` and `fedavg`). Every method of a cell
+works on the same captures, with at most {iterations} iterations of one start unless the name says
+otherwise (two seeds where seeds work together): far fewer than the papers', so that the figures
+compare methods and say little of what each can reach. Each network untrained and after an epoch
+on 10,000 training images (`dropout` without dropping anything then); clients compute gradients
+with BatchNorm and dropout in eval mode, but for `dropout` and `fedavg-batchnorm`. PSNR in [0, 1],
+matched one to one by the auditor; "leaked" is PSNR of 20 dB or more; "floor" is the best guess
+that sees no update; "GE" are gradient evaluations. No LPIPS: its weights were not at hand.
+Seconds are of a machine that did other things too.
 
 What is below the floor leaked nothing that a mean image does not. Reasons that the methods
 themselves give, not measured here one by one: `dlg`'s squared distance is ruled by the layers with
