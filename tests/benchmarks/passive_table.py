@@ -154,6 +154,11 @@ CONVNET = "convnet(stride=2)"
 NETWORKS = {
     "lenet-tanh": Network("lenet(activation='tanh', init='default')"),
     "lenet": Network("lenet"),
+    "batchnorm": Network(
+        "convnet(stride=2, norm='batch')",
+        (*WITH_STATISTICS, "see-through-gradients", "e2egi", "hf-gradinv"),
+        about="with BatchNorm, in eval mode",
+    ),
     "resnet20": Network("resnet20(width=8)"),
     "resnet18": Network("resnet18", WITH_STATISTICS, about="with the stem for small images"),
     "mlp": Network(
