@@ -159,6 +159,23 @@ def test_what_is_left_out_may_be_anything_at_all():
     assert "not finite; left out" in " ".join(blind.receipts)
 
 
+def test_weights_that_are_not_finite_count_as_those_that_were_sent():
+    """After local training: what is left out did not move, it did not go to zero."""
+    client = Honest("convnet(stride=2, width=8)", spec())
+    images, labels = batch(tiles(), 3, 0)
+    view = client.weights(images, labels, lr=0.1, batch_size=1)
+    unmoved = view.sent["fc.bias"]
+    found, same = (
+        InvertingGradients(iterations=3, without=["fc.bias"]).reconstruct(
+            [dataclasses.replace(view, received={**view.received, "fc.bias": tensor})],
+            client.knowledge("B", 3, epochs=1),
+        )
+        for tensor in (torch.full_like(unmoved, torch.inf), unmoved)
+    )
+    assert torch.equal(found.labels, same.labels)
+    assert torch.equal(found.examples, same.examples)
+
+
 def test_parts_that_leave_out_nothing_or_everything_are_refused():
     model = Honest("lenet", spec()).model()
     with pytest.raises(ValueError, match=r"no parameter's name has 'fcc'; there is: .*fc\.weight"):
