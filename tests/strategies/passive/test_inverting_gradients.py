@@ -282,7 +282,7 @@ def test_lenet_on_cifar10_comes_near_the_paper():
     print(
         f"lenet, 4,000 iterations: {psnr.mean():.1f} +- {psnr.std():.1f} dB (paper: 18.00 +- 3.33)"
     )
-    assert 16 <= psnr.mean() <= 23
+    assert 18 <= psnr.mean() <= 21
 
 
 @pytest.mark.slow
@@ -291,12 +291,12 @@ def test_lenet_on_cifar10_comes_near_the_paper():
     ("network", "size", "tv", "steps", "low", "high"),
     [
         ("convnet(stride=2)", 1, 1e-6, 0, 25, 30),
-        ("convnet(stride=2)", 4, 1e-2, 0, 20, 29),
-        ("convnet(stride=2)", 1, 1e-2, 500, 8, 25),
-        ("convnet", 1, 1e-6, 0, 30, 45),
-        ("convnet", 4, 1e-6, 0, 15, 32),
-        ("convnet", 4, 1e-2, 0, 24, 36),
-        ("convnet", 1, 1e-2, 500, 8, 25),
+        ("convnet(stride=2)", 4, 1e-2, 0, 22, 26),
+        ("convnet(stride=2)", 1, 1e-2, 500, 18, 22.5),
+        ("convnet", 1, 1e-6, 0, 33, 39),
+        ("convnet", 4, 1e-6, 0, 23.5, 28.5),
+        ("convnet", 4, 1e-2, 0, 27, 31),
+        ("convnet", 1, 1e-2, 500, 13, 16),
     ],
 )
 def test_1000_iterations_on_cifar10(network, size, tv, steps, low, high):
