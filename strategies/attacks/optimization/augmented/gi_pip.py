@@ -77,8 +77,8 @@ class GIPIP(TakesLabels):
         year=2024,
         published="16.12 dB on ImageNet with 3.8 % of its images as surrogate (abstract); the "
         "tables were not read",
-        measured="CIFAR-10, convnet(stride=2), 300 iterations, 8 images one by one / two batches of "
-        "four: anomaly 0.1 25.0 / 14.9 dB at tv 1e-3, 27.4 / 16.4 at 1e-2; without, "
+        measured="CIFAR-10, convnet(stride=2), 300 iterations, 8 images one by one / two batches "
+        "of four: anomaly 0.1 25.0 / 14.9 dB at tv 1e-3, 27.4 / 16.4 at 1e-2; without, "
         "23.7 / 13.0 at 1e-3, 27.7 / 16.3 at 1e-2, 25.0 / 17.5 at 3e-2 (FEDSIM_TEST_DATA=... "
         "python -m pytest -m slow -s tests/strategies/passive/test_gi_pip.py)",
     )
