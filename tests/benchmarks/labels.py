@@ -332,7 +332,8 @@ ABOUT = (
         "weights",
         "B, D",
         "Ye et al. 2024; takes few of the classes to occur, and features that are not negative; "
-        "counts by a genetic search",
+        "counts by a genetic search; here with surrogate images only, not from noise (B) nor after "
+        "local training",
     ),
     (
         "`rlg`",

@@ -72,8 +72,8 @@ class Recipe:
     patience : int or None
         End a restart whose cost did not fall by a tenth in so many iterations.
     settled : float
-        Share of the iterations after which the cost no longer changes its meaning: only later
-        points are kept.  For schedules that switch priors on.
+        Share of the iterations after which the cost no longer changes its meaning: later points
+        come before earlier ones.  For schedules that switch priors on.
     together : bool
         Whether the restarts of a view see each other (a prior on their consensus): they then run
         as one batch, however many images that is.
@@ -212,10 +212,17 @@ def _batches(
 
 
 def _choose(best: Best, rows: Tensor, result: Best) -> None:
-    """Let each restart that is nearer than what its target had take its place."""
+    """Let each restart that is nearer than what its target had take its place.
+
+    One whose schedule settled comes before one that has only a point from before.
+    """
     for job, target in enumerate(rows.tolist()):
-        if result.distance[job] < best.distance[target]:
+        if _rank(result, job) < _rank(best, target):
             best.put(rows[job : job + 1], result.take(torch.tensor([job], device=rows.device)))
+
+
+def _rank(best: Best, row: int) -> tuple[bool, float]:
+    return not best.cost[row].isfinite(), best.distance[row].item()
 
 
 @dataclass

@@ -146,8 +146,9 @@ class Matching:
 class Best:
     """The point of lowest cost of each problem: variables ``[T, n]``, distance and cost ``[T]``.
 
-    A problem whose cost was never finite has the cost infinity; ``last`` ``[T]`` is the latest
-    cost, ``ended`` ``[T]`` the iterations that it took.
+    A problem whose cost was never finite has the cost infinity, and where that is so since
+    :meth:`forget` it still has the variables and the distance from before; ``last`` ``[T]`` is the
+    latest cost, ``ended`` ``[T]`` the iterations that it took.
     """
 
     variables: Tensor
@@ -175,9 +176,8 @@ class Best:
         self.evaluations += len(variables) * evaluations
 
     def forget(self) -> None:
-        """Start over with what counts as best: costs mean something else from here on."""
+        """Let any finite cost be lower than those so far, which meant something else."""
         self.cost = torch.full_like(self.cost, torch.inf)
-        self.distance = torch.full_like(self.distance, torch.inf)
 
     def take(self, rows: Tensor) -> "Best":
         """Return the record of some of the problems."""
@@ -251,6 +251,12 @@ class Run:
         self.optimizer.step(self.variables, slope, progress)
         self.problems.parametrization.box(self.variables)
         self.iteration += 1
+
+    def settle(self) -> None:
+        """Let the next points count as the best, and as falling: costs mean something else now."""
+        self.part.forget()
+        self.best.forget()
+        self.mark = torch.full_like(self.mark, torch.inf)
 
     def keep(self, kept: Tensor) -> None:
         """Go on with some of the problems only; the others keep their best."""
@@ -330,13 +336,13 @@ def minimize(
     patience : int or None
         Iterations in which a problem's cost must fall by a tenth, or it is left where it is.
     settled : float
-        Share of the iterations after which the cost stays the same function: no earlier point is
-        kept, for its cost meant something else.
+        Share of the iterations after which the cost stays the same function: an earlier point is
+        kept only where no later one is finite, for its cost meant something else.
     """
     run = Run.start(problems, variables, optimizer, earlier)
     while not _called_off(run, watch):
         if run.iteration == int(settled * iterations):
-            run.part.forget()
+            run.settle()
         progress = run.iteration / iterations
         slope = run.evaluate(progress)
         if run.iteration == iterations:

@@ -11,9 +11,17 @@ from fedsim.parts import Parts, check
 from fedsim.scenario import Scenario
 from fedsim.threat import TrainingDetails
 from strategies.attacks.optimization.activations import BatchNormDistance
+from strategies.attacks.optimization.engine import _choose
 from strategies.attacks.optimization.gradients import BatchGradients
 from strategies.attacks.optimization.local_updates import LocalUpdates, in_order
-from strategies.attacks.optimization.matching import Matching, Run, Watch, minimize
+from strategies.attacks.optimization.matching import (
+    Best,
+    Evaluation,
+    Matching,
+    Run,
+    Watch,
+    minimize,
+)
 from strategies.attacks.optimization.objectives import (
     AbsoluteDistance,
     Cosine,
@@ -244,6 +252,55 @@ def test_only_points_after_the_schedule_has_settled_are_kept():
     best = minimize(matching, truth.clone(), Adam(0.5, signed=True), iterations=20, settled=0.5)
     assert best.distance.min() > 1e-6  # the truth was where it started, before costs counted
     assert minimize(matching, truth.clone(), LBFGS(), iterations=2).distance.max() < 1e-20
+
+
+class Later:
+    """Problems whose distance is another from half way on."""
+
+    def __init__(self, inner: Matching, then):
+        self.inner, self.then = inner, then
+        self.parametrization, self.evaluations = inner.parametrization, inner.evaluations
+
+    def evaluate(self, variables, progress=1.0):
+        now = self.inner.evaluate(variables, progress)
+        if progress < 0.5:
+            return now
+        return Evaluation(self.then(now.distance), self.then(now.cost), now.gradient)
+
+    def take(self, rows):
+        return Later(self.inner.take(rows), self.then)
+
+
+def test_where_nothing_is_finite_after_the_switch_the_best_from_before_is_kept():
+    matching, truth = small_problem()
+    lost = Later(matching, lambda cost: torch.where(torch.arange(len(cost)) == 0, torch.nan, cost))
+    start = truth + 0.3
+    best = minimize(lost, start.clone(), Adam(0.01, signed=True), iterations=20, settled=0.5)
+    early = minimize(matching, start.clone(), Adam(0.01, signed=True), iterations=9)
+    assert torch.equal(best.variables[0], early.variables[0])
+    assert best.distance[0] == early.distance[0]
+    assert best.cost.isfinite().tolist() == [False, True, True]
+
+
+def test_a_restart_that_settled_comes_before_a_nearer_one_that_did_not():
+    variables = torch.arange(3.0).unsqueeze(1)
+    ended = Best.start(variables)
+    ended.distance, ended.cost = torch.tensor([0.1, 0.3, 0.2]), torch.tensor([torch.inf, 0.3, 0.2])
+    for rows, wanted in (([0, 1, 2], 2), ([0], 0), ([0, 1], 1), ([1, 0], 1)):
+        best = Best.start(torch.full((1, 1), -1.0))
+        _choose(best, torch.zeros(len(rows), dtype=torch.int64), ended.take(torch.tensor(rows)))
+        assert best.variables.item() == wanted
+
+
+def test_patience_does_not_take_the_switch_for_a_plateau():
+    """A cost that begins anew ten times as high is not one that has stopped falling."""
+    matching, truth = small_problem(SquaredDistance)
+    start, plain = truth + 0.3, {"iterations": 40, "patience": 10, "settled": 0.5}
+    higher = Later(matching, lambda cost: 10 * cost)
+    for problems in (matching, higher):
+        best = minimize(problems, start.clone(), Adam(0.01, signed=True), **plain)
+        print(best.ended)
+        assert (best.ended > 30).all()
 
 
 def test_one_round_is_the_plain_problem_and_a_median_shrugs_off_a_wrong_round():

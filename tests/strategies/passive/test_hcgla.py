@@ -120,4 +120,5 @@ def test_where_too_little_was_kept_each_end_adds_something(monkeypatch):
             assert found.labels.tolist() == [pair[1].item() for pair in truth]
         print(keep, {name: [round(v, 1) for v in values.tolist()] for name, values in
                      reached.items()})  # fmt: skip
-    assert reached["plain"].mean() < reached["start"].mean() < reached["both"].mean()
+        plainly, started, both = (values.mean() for values in reached.values())
+        assert plainly + 2 < started < both - 1

@@ -53,6 +53,18 @@ def test_what_is_left_out_does_not_count_and_has_no_slope():
     assert torch.allclose((derivative * along).sum(dim=1), slope, atol=1e-7)
 
 
+def test_entries_are_drawn_where_the_gradients_are_and_some_targets_draw_as_all_do(monkeypatch):
+    observed, at = rand(2, 50), rand(2, 50, seed=1)
+    whole = LateFirst(observed, lambda _: 0, 0.3, torch.Generator().manual_seed(3))
+    whole(at.clone())
+    some, draw, asked = whole.take(torch.tensor([0])), torch.rand, []
+    monkeypatch.setattr(torch, "rand", lambda *n, **how: asked.append(how) or draw(*n, **how))
+    derivative = whole(at.clone())[1]
+    assert torch.equal(some(at[:1].clone())[1] != 0, derivative[:1] != 0)
+    for how in asked:
+        assert how["device"] == how["generator"].device == observed.device
+
+
 def test_the_window_opens_until_a_quarter_is_left_out():
     begins = HFGradInv().kept([10] * 100)
     assert [begins(p) for p in (0.0, 0.5 * 7 / 30, 7 / 30, 0.5, 1.0)] == [750, 500, 250, 250, 250]

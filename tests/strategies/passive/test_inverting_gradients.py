@@ -159,6 +159,23 @@ def test_what_is_left_out_may_be_anything_at_all():
     assert "not finite; left out" in " ".join(blind.receipts)
 
 
+def test_weights_that_are_not_finite_count_as_those_that_were_sent():
+    """After local training: what is left out did not move, it did not go to zero."""
+    client = Honest("convnet(stride=2, width=8)", spec())
+    images, labels = batch(tiles(), 3, 0)
+    view = client.weights(images, labels, lr=0.1, batch_size=1)
+    unmoved = view.sent["fc.bias"]
+    found, same = (
+        InvertingGradients(iterations=3, without=["fc.bias"]).reconstruct(
+            [dataclasses.replace(view, received={**view.received, "fc.bias": tensor})],
+            client.knowledge("B", 3, epochs=1),
+        )
+        for tensor in (torch.full_like(unmoved, torch.inf), unmoved)
+    )
+    assert torch.equal(found.labels, same.labels)
+    assert torch.equal(found.examples, same.examples)
+
+
 def test_parts_that_leave_out_nothing_or_everything_are_refused():
     model = Honest("lenet", spec()).model()
     with pytest.raises(ValueError, match=r"no parameter's name has 'fcc'; there is: .*fc\.weight"):
@@ -265,7 +282,7 @@ def test_lenet_on_cifar10_comes_near_the_paper():
     print(
         f"lenet, 4,000 iterations: {psnr.mean():.1f} +- {psnr.std():.1f} dB (paper: 18.00 +- 3.33)"
     )
-    assert 16 <= psnr.mean() <= 23
+    assert 18 <= psnr.mean() <= 21
 
 
 @pytest.mark.slow
@@ -274,12 +291,12 @@ def test_lenet_on_cifar10_comes_near_the_paper():
     ("network", "size", "tv", "steps", "low", "high"),
     [
         ("convnet(stride=2)", 1, 1e-6, 0, 25, 30),
-        ("convnet(stride=2)", 4, 1e-2, 0, 20, 29),
-        ("convnet(stride=2)", 1, 1e-2, 500, 8, 25),
-        ("convnet", 1, 1e-6, 0, 30, 45),
-        ("convnet", 4, 1e-6, 0, 15, 32),
-        ("convnet", 4, 1e-2, 0, 24, 36),
-        ("convnet", 1, 1e-2, 500, 8, 25),
+        ("convnet(stride=2)", 4, 1e-2, 0, 22, 26),
+        ("convnet(stride=2)", 1, 1e-2, 500, 18, 22.5),
+        ("convnet", 1, 1e-6, 0, 33, 39),
+        ("convnet", 4, 1e-6, 0, 23.5, 28.5),
+        ("convnet", 4, 1e-2, 0, 27, 31),
+        ("convnet", 1, 1e-2, 500, 13, 16),
     ],
 )
 def test_1000_iterations_on_cifar10(network, size, tv, steps, low, high):

@@ -191,6 +191,15 @@ def test_it_refuses_weights_and_networks_that_begin_otherwise(network, kind, sai
         Peeling().check(build_model(network, spec()), kind)
 
 
+def least(name: str, size: int, precision: torch.dtype) -> float:
+    """Return what share must come back: a little less than the page says."""
+    if size <= 128:
+        return 0.95
+    if name == "CIFAR-10":
+        return 0.12
+    return 0.95 if precision == torch.float64 else 0.6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [64, 128, 256])
@@ -208,7 +217,8 @@ def test_shares_of_large_batches(size: int, precision: torch.dtype):
             singles.append(alone(honest, images, labels) / size)
             assert near.any(dim=0).all()  # nobody is returned who is not there
             assert len(found.labels) == near.any(dim=1).sum()  # nor anybody twice
-            assert shares[-1] >= singles[-1]
+            assert shares[-1] >= least(name, size, precision)
+            assert shares[-1] > singles[-1]
         print(f"{name}, batches of {size}, {precision}: {shares}, alone {singles}")
 
 
@@ -229,4 +239,4 @@ def test_shares_with_the_papers_weights(size: int, published: float):
         assert off.max() < 0.1
         assert len(which.unique()) == len(which)
         print(f"batches of {size}, std {std}: {len(which) / size}, published {published}")
-        assert len(which) / size > published - 0.05
+        assert len(which) / size > max(published - 0.05, 0.93)

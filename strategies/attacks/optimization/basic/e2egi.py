@@ -10,14 +10,14 @@ combinatorial optimization (MLCO):
    the whole batch fits best.  In the block every seed is drawn to it, ``a_c mean |x - group|^2``.
 3. 40 %: from the last group batch on, one search.
 
-What it reports of each view in the end is the gradient information ratio (GInfoR): of the images
-found, who makes up how much of the gradient, and so comes back before the others.
+A view's receipt ends with the gradient information ratio (GInfoR) of each image found: its share in
+the gradient observed.
 
 Li et al., "E2EGI: End-to-End Gradient Inversion in Federated Learning",
 IEEE JBHI 2023, and the authors' code.  Their weights were found on victims of the attacker's own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Annotated, ClassVar
@@ -25,6 +25,7 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from fedsim.attack import Paper, Reconstruction, ToyCase
 from fedsim.registry import register
@@ -32,11 +33,12 @@ from fedsim.threat import THREAT_MODELS, Knowledge
 from fedsim.view import ServerView
 from strategies.attacks.optimization.activations import BatchNormDistance
 from strategies.attacks.optimization.engine import Recipe, matching
+from strategies.attacks.optimization.gradients import BatchGradients
 from strategies.attacks.optimization.groups import Group, grouped
 from strategies.attacks.optimization.matching import Best, Matching, minimize
 from strategies.attacks.optimization.objectives import Cosine
 from strategies.attacks.optimization.optimizers import Adam, Langevin, Optimizer
-from strategies.attacks.optimization.parametrizations import Candidate, NormalizedPixels
+from strategies.attacks.optimization.parametrizations import NormalizedPixels
 from strategies.attacks.optimization.priors import Differentiated, TotalVariation
 from strategies.attacks.optimization.schedules import cosine
 from strategies.attacks.optimization.tally import Findings, Tally
@@ -53,7 +55,8 @@ LOWEST = 1e-3  # where the rate ends
 class E2EGI(TakesStatistics):
     """Threat model E.  Cost: ``iterations * (0.6 seeds + 0.4)`` evaluations a view, and the trades.
 
-    A trade before each block costs ``seeds`` evaluations for each image, and as many again.
+    A trade before each block costs ``seeds`` evaluations for each image, and as many again; the
+    information ratio costs one for each image.
 
     Parameters
     ----------
@@ -215,10 +218,11 @@ class Searches:
         return best
 
     def _information(self, view: Matching, at: Tensor, observed: Tensor) -> str:
-        """Say who makes up how much; as many gradients of one image as one of the batch takes."""
-        shares = information_ratios(image_gradients(view, at), observed)
-        self.tally.evaluations += view.evaluations
-        return f"an image's share of the gradient {shares.min():.0%} to {shares.max():.0%}"
+        """Say who makes up how much, in the order of the images."""
+        along = torch.stack([gradient @ observed for gradient in image_gradients(view, at)])
+        self.tally.evaluations += len(along)
+        shares = ", ".join(f"{share:.0%}" for share in information_ratios(along).tolist())
+        return f"shares of the gradient, image by image: {shares}"
 
     def _run(self, problems: Matching, at: Tensor, phase: Phase, label: str) -> Best:
         """Run a phase, or take over what an earlier attempt did of it."""
@@ -293,30 +297,33 @@ def traded(
     return group.flatten().unsqueeze(0), path
 
 
-def image_gradients(view: Matching, at: Tensor) -> Tensor:
-    """Return the gradient ``[B, P]`` of each image of a batch ``[1, n]``, as if it were alone.
+def image_gradients(view: Matching, at: Tensor) -> Iterator[Tensor]:
+    """Yield the gradient ``[P]`` of each image's loss within its batch ``[1, n]``, as the authors.
 
-    The authors take an image's loss within its batch; the two differ where BatchNorm is in train
-    mode.
+    The images go through the network together: BatchNorm in train mode sees what clients' sees, and
+    the mean of all is the batch's gradient.  There is one gradient in memory at a time.
     """
+    operator = view.operator
+    assert isinstance(operator, BatchGradients)
     images, labels, _ = view.parametrization.decode(at)
-    found, _ = view.operator(Candidate(images[0].unsqueeze(1), labels[0].unsqueeze(1)))
-    return torch.cat([part.detach().reshape(images.shape[1], -1) for part in found], dim=1)
+    losses = cross_entropy(operator.model(images[0]), labels[0], reduction="none")
+    for loss in losses:
+        found = torch.autograd.grad(
+            loss, operator.wanted, retain_graph=True, materialize_grads=True
+        )
+        yield torch.cat([part.flatten() for part in found])
 
 
-def information_ratios(gradients: Tensor, whole: Tensor) -> Tensor:
+def information_ratios(along: Tensor) -> Tensor:
     """Return GInfoR ``[B]``: ``<g_i, g>`` beside the sum of all; they add up to 1.
 
     Where some are negative, the lowest is subtracted from all first.
 
     Parameters
     ----------
-    gradients : Tensor
-        ``[B, P]``: of each image.
-    whole : Tensor
-        ``[P]``: of the batch.
+    along : Tensor
+        ``[B]``: the inner product of each image's gradient with the batch's.
     """
-    along = gradients @ whole
     along = along - along.min().clamp_max(0)
     total = along.sum()
     return along / total if total > 0 else torch.full_like(along, 1 / len(along))

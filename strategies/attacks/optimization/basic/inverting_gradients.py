@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from fedsim.attack import Paper, Reconstruction, Setting, ToyCase
 from fedsim.registry import register
@@ -80,7 +80,7 @@ class InvertingGradients(TakesLabels):
         Whether candidates go through the client's local training, not through one step.
     without : list of str
         Parts of names of parameters that the match leaves out, whatever is in them; labels are read
-        off them all the same, what is not finite as zero.
+        off them all the same, what is not finite as if it had not moved.
     """
 
     paper = Paper(
@@ -179,11 +179,18 @@ class InvertingGradients(TakesLabels):
         return invert([self._without_broken(view) for view in views], knowledge, recipe)
 
     def _without_broken(self, view: ServerView) -> ServerView:
-        """Return a view whose left-out parameters are finite: they must not spoil the others."""
-        received = {
-            name: tensor.nan_to_num(0, 0, 0) if self._left_out(name) else tensor
-            for name, tensor in view.received.items()
-        }
+        """Return a view whose left-out parameters moved nowhere that is not finite.
+
+        They must not spoil the others.
+        """
+
+        def whole(name: str, tensor: Tensor) -> Tensor:
+            if not self._left_out(name):
+                return tensor
+            unmoved = view.sent[name].to(tensor) if view.kind == "weights" else 0.0
+            return tensor.where(tensor.isfinite(), unmoved)
+
+        received = {name: whole(name, tensor) for name, tensor in view.received.items()}
         return dataclasses.replace(view, received=received)
 
     def _cosine(self, group: Group) -> Objective:
