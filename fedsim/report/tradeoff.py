@@ -1,10 +1,12 @@
 """Accuracy against leak rate, for several runs: what a defense costs and what it buys."""
 
 from collections.abc import Mapping, Sequence
+from math import ceil
 from pathlib import Path
 
 #: Leak rate and accuracy, both in ``[0, 1]``, and what the point is called.
 Point = tuple[float, float, str]
+IN_A_COLUMN = 30  # names that the legend's column holds
 
 
 def tradeoff_figure(series: Mapping[str, Sequence[Point]], path: Path, title: str) -> Path:
@@ -35,6 +37,7 @@ def tradeoff_figure(series: Mapping[str, Sequence[Point]], path: Path, title: st
     axes.set(xlabel="leak rate: private images that came back", ylabel="accuracy after training")
     axes.set(title=title, xlim=(-0.03, 1.03))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    columns = ceil(len(series) / IN_A_COLUMN)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), ncols=columns)
     figure.savefig(path, dpi=120)
     return path
