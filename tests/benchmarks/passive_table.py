@@ -354,13 +354,14 @@ that sees no update; "GE" are gradient evaluations. No LPIPS: its weights were n
 Seconds are of a machine that did other things too.
 
 What is below the floor leaked nothing that a mean image does not. Reasons that the methods
-themselves give, not measured here one by one: `dlg`'s squared distance is ruled by the layers with
-the largest gradients, and L-BFGS wants more than 300 steps; `see-through-gradients` adds noise to
-pixels after every step, and at its published weights the gradient hardly counts ([a thousand times
-as heavy](side-by-side.md) it finds images); `bayes` weighs by noise that nobody added, where it is not told of any;
-`learning-to-invert` is one pass of a network trained on 1,000 gradients; `e2egi` reads labels off
-sums of rows, which needs features that are not negative; `hcgla` is meant for sparsified gradients;
-`idlg`, `hcgla`, `r-gap` and `april` are for one example, and refuse more.
+themselves give, not measured here one by one: `dlg`'s squared distance is ruled by the layers
+with the largest gradients, and L-BFGS wants more than 300 steps; `see-through-gradients` adds
+noise to pixels after every step, and at its published weights the gradient hardly counts ([a
+thousand times as heavy](side-by-side.md) it finds images); `bayes` weighs by noise that nobody
+added, where it is not told of any; `learning-to-invert` is one pass of a network trained on 1,000
+gradients; `e2egi` reads labels off sums of rows, which needs features that are not negative;
+`hcgla` is meant for sparsified gradients; `idlg`, `hcgla`, `r-gap` and `april` are for one
+example, and refuse more.
 
 One command: `{command}`. Rows that are missing were not run.
 """
