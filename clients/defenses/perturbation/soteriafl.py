@@ -43,13 +43,12 @@ from torch import Tensor
 from clients.defenses.perturbation.clip import Norm, clipped
 from clients.defenses.perturbation.sparse import tell_sparsity
 from clients.defenses.toy import RATIO_ATTACK
-from clients.ledger import Accounted
+from clients.ledger import NoisedUpdate
 from clients.noise import noised
 from fedsim.accounting import Release, Releases
 from fedsim.attack import Paper, Setting, ToyCase
 from fedsim.defense import (
     ClientContext,
-    Place,
     Privacy,
     Rank,
     ServerContext,
@@ -66,7 +65,7 @@ Values = NDArray[np.floating]
 
 @register("defense", "soteriafl")
 @dataclass(frozen=True, kw_only=True)
-class SoteriaFL(Accounted):
+class SoteriaFL(NoisedUpdate):
     """Clip, add noise, and upload a random part of the difference to what the server already has.
 
     Nothing may change the upload after this: the two shifts would part.
@@ -151,20 +150,6 @@ class SoteriaFL(Accounted):
     def strategy(self, inner: Strategy, ctx: ServerContext) -> Strategy:  # noqa: ARG002
         """Return the server's half."""
         return Shifted(inner, self.gamma)
-
-    @property
-    def noises(self) -> Place:
-        """The upload, which it clips before."""
-        return "update"
-
-    @property
-    def clips(self) -> Place:
-        """The upload."""
-        return "update"
-
-    def norm_bound(self, at: Place, entering: float | None) -> float | None:
-        """Return None after the noise: it has no bound."""
-        return entering if at == "gradient" else None
 
     def releases(self, plan: TrainingPlan, before: int) -> Releases:  # noqa: ARG002 - all alike
         """One mechanism a round, of the clipped mean: sensitivity ``2 G``."""
