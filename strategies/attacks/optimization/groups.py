@@ -1,7 +1,7 @@
 """Views that can be attacked as one batch: same model, same weights, same number of examples."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ def grouped(
         size = batch_size(view)
         numbers = sum(tensor.numel() for tensor in view.received.values())
         full = len(waiting) >= at_once(knowledge.device, size, numbers)
-        if waiting and (full or size != waiting[0][2] or not _alike(view, waiting[0][1])):
+        if waiting and (full or size != waiting[0][2] or not alike(view, waiting[0][1])):
             yield from _group(waiting, knowledge, labels, receipts)
             waiting = []
         waiting.append((index, view, size))
@@ -96,13 +96,25 @@ def grouped(
         yield from _group(waiting, knowledge, labels, receipts)
 
 
-def _alike(one: ServerView, other: ServerView) -> bool:
+def alike(one: ServerView, other: ServerView) -> bool:
     """Say whether two views are of the same model with the same weights."""
     if one.model != other.model or one.received.keys() != other.received.keys():
         return False
     return one.sent is other.sent or (
         one.sent.keys() == other.sent.keys()
         and all(torch.equal(tensor, other.sent[name]) for name, tensor in one.sent.items())
+    )
+
+
+def joined_groups(groups: Sequence[Group]) -> Group:
+    """Return one group of the views of several that share weights and batch size."""
+    given = [group.labels for group in groups if group.labels is not None]
+    return replace(
+        groups[0],
+        indices=tuple(index for group in groups for index in group.indices),
+        views=tuple(view for group in groups for view in group.views),
+        observed=torch.cat([group.observed for group in groups]),
+        labels=torch.cat(given) if given else None,
     )
 
 

@@ -6,7 +6,7 @@ how the slopes of the rounds become one is the attack's choice.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -17,7 +17,7 @@ from fedsim.attack import Reconstruction, Setting
 from fedsim.threat import Knowledge
 from fedsim.view import ServerView
 from strategies.attacks.optimization.engine import Recipe, matching, solve
-from strategies.attacks.optimization.groups import Group, grouped
+from strategies.attacks.optimization.groups import Group, alike, grouped, joined_groups
 from strategies.attacks.optimization.matching import Evaluation, Matching
 from strategies.attacks.optimization.parametrizations import Parametrization
 from strategies.attacks.optimization.state import inside, joined
@@ -117,30 +117,66 @@ def invert_rounds(
         senders[view.senders].append(index)
     tally = Tally(len(senders) * recipe.restarts * recipe.iterations, knowledge)
     findings = Findings()
-    for indices in senders.values():
-        groups = _of_each_round([views[index] for index in indices], knowledge, recipe, tally)
-        if not groups:
-            continue
-        first = groups[0]
-        matchings = [matching(group, recipe) for group in groups]
+    of_senders = (
+        _of_each_round([(index, views[index]) for index in indices], knowledge, recipe, tally)
+        for indices in senders.values()
+    )
+    for groups in _together(groups for groups in of_senders if groups):
+        first = replace(groups[0], labels=_agreed([group.labels for group in groups]))
+        matchings = [matching(group, recipe) for group in (first, *groups[1:])]
         for other in matchings[1:]:
             other.parametrization = matchings[0].parametrization
         problems = Rounds(matchings, slopes, costs)
-        label = first.views[0].label + (f" and {len(groups) - 1} more" if groups[1:] else "")
-        best = solve(problems, [label], recipe, tally, like=first.observed, at_once=first.at_once)
-        findings.add(best, problems.parametrization, [indices[first.indices[0]]])
+        more = f" and {len(groups) - 1} more" if groups[1:] else ""
+        labels = [view.label + more for view in first.views]
+        best = solve(problems, labels, recipe, tally, like=first.observed, at_once=first.at_once)
+        findings.add(best, problems.parametrization, first.indices)
     return findings.reconstruction(tally)
 
 
 def _of_each_round(
-    views: Sequence[ServerView], knowledge: Knowledge, recipe: Recipe, tally: Tally
+    views: Sequence[tuple[int, ServerView]], knowledge: Knowledge, recipe: Recipe, tally: Tally
 ) -> list[Group]:
     """Return a group of one view for each round that says something of as many examples."""
     groups: list[Group] = []
-    for place, view in enumerate(views):
+    for index, view in views:
         for group in grouped([view], knowledge, recipe.batch_size, recipe.labels, tally.receipts):
             if groups and group.batch_size != groups[0].batch_size:
                 tally.receipts.append(f"{view.label}: of another number of examples; left out")
                 continue
-            groups.append(replace(group, indices=(place,)))
+            groups.append(replace(group, indices=(index,)))
     return groups
+
+
+def _together(of_senders: Iterable[list[Group]]) -> Iterator[list[Group]]:
+    """Yield the rounds of neighboring senders as one, where all got the same in each round."""
+    waiting: list[list[Group]] = []
+    for groups in of_senders:
+        full = len(waiting) >= groups[0].at_once
+        if waiting and (full or not _same_rounds(groups, waiting[0])):
+            yield [joined_groups(of_round) for of_round in zip(*waiting, strict=True)]
+            waiting = []
+        waiting.append(groups)
+    if waiting:
+        yield [joined_groups(of_round) for of_round in zip(*waiting, strict=True)]
+
+
+def _same_rounds(some: Sequence[Group], others: Sequence[Group]) -> bool:
+    """Say whether two senders were sent the same model in as many rounds, for as many examples."""
+    return (
+        len(some) == len(others)
+        and some[0].batch_size == others[0].batch_size
+        and all(alike(a.views[0], b.views[0]) for a, b in zip(some, others, strict=True))
+    )
+
+
+def _agreed(of_rounds: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the labels ``[V, B]``, in order, that most rounds give a view; of some, any."""
+    given = [labels.sort(dim=1).values for labels in of_rounds if labels is not None]
+    if not given:
+        return None
+    chosen = []
+    for of_view in torch.stack(given, dim=1):
+        kinds, counts = of_view.unique(dim=0, return_counts=True)
+        chosen.append(kinds[counts.argmax()])
+    return torch.stack(chosen)

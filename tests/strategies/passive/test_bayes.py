@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from fedsim.attack import Setting
 from fedsim.errors import NotGranted, ScenarioError
+from fedsim.threat import TrainingDetails
 from strategies.attacks.optimization.basic.inverting_gradients import InvertingGradients
 from strategies.attacks.optimization.beyond.bayes import Bayes, Clipped, Likelihood, Orthogonal
 from strategies.attacks.optimization.gradients import BatchGradients
@@ -13,6 +15,7 @@ from strategies.attacks.optimization.matching import Matching, minimize
 from strategies.attacks.optimization.objectives import Objective, SquaredDistance
 from strategies.attacks.optimization.optimizers import Adam
 from strategies.attacks.optimization.parametrizations import Candidate, Pixels
+from strategies.attacks.optimization.rounds import Rounds, mean
 from strategies.attacks.optimization.schedules import exponential
 from tests.strategies.passive.honest import (
     Honest,
@@ -133,6 +136,43 @@ def test_censors_distance_is_zero_at_the_truth_and_there_only():
     doubled = truth.clone()
     doubled[:, :10] *= 2  # one layer of three: (2 - 1)^2 / 3
     assert objective(doubled)[0] == pytest.approx([1 / 3, 1 / 3])
+
+
+def test_four_rounds_have_half_the_error_of_one():
+    matching, truth = tiny_problem(targets=8)
+    gradient, std = matching.objective.observed, 10 * STD
+    likelihood = Likelihood.of(f"gaussian(std={std})")
+    seen = [gradient + std * normal(gradient, seed) for seed in range(4)]
+    one = error(likelihood.objective(seen[0]), matching, truth)
+    each = [
+        Matching(matching.operator, matching.parametrization, likelihood.objective(upload))
+        for upload in seen
+    ]
+    adam = Adam(0.02, signed=False, schedule=exponential(1e-3))
+    found = minimize(Rounds(each, mean, mean), truth.clone(), adam, iterations=100)
+    four = (found.variables - truth).square().mean().sqrt().item()
+    assert four == pytest.approx(one / 2, rel=0.15)
+
+
+def test_all_rounds_of_a_client_are_one_problem_with_the_labels_of_most():
+    client, images = Honest("lenet", spec()), batch(tiles(), 1, 0)[0]
+    views = [
+        dataclasses.replace(
+            client.gradient(images, torch.tensor([label]), client=who), round=number
+        )
+        for number, labels in enumerate([(3, 5), (4, 5), (3, 6)])
+        for who, label in enumerate(labels)
+    ]
+    counts = {view.label: 1 for view in views}
+    knowledge = client.knowledge("C", counts)
+    found = Bayes(iterations=2, rounds=True).reconstruct(views, knowledge)
+    assert (found.views.tolist(), found.labels.tolist()) == ([0, 1], [3, 5])
+    assert found.cost.gradient_evaluations == 2 * 3 * 3  # and once more each, for the last score
+    training = TrainingDetails("gradient", 0.1, 4, 1, 0.0, 0.0)
+    setting = Setting(client.model(), 2, 3, (8, 8), training, "frozen", channel=None)
+    Bayes().check_setting(setting)
+    with pytest.raises(ValueError, match="batch_size be what a client holds, 8"):
+        Bayes(rounds=True).check_setting(setting)
 
 
 def test_a_layer_that_censor_left_at_zero_says_nothing():

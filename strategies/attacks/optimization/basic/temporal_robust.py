@@ -64,7 +64,7 @@ class TemporalRobust(TakesLabels):
     lr : float
         Adam's rate at the start.
     labels : str
-        Label rule expression, for each client's first upload; ``oracle`` is a grant.
+        Label rule expression; what most rounds say counts.  ``oracle`` is a grant.
     """
 
     paper = Paper(

@@ -59,7 +59,7 @@ class ApproximateGradientInversion(TakesLabels):
     last : float
         Weight of the last layer where the first one's is 1.
     labels : str
-        Label rule expression, for each client's first upload; ``oracle`` is a grant.
+        Label rule expression; what most rounds say counts.  ``oracle`` is a grant.
     """
 
     paper = Paper(

@@ -14,10 +14,15 @@ sparsify, and so is the likelihood's:
 - without noise p is a spike at g, and every distance has its least there: the cosine, which does
   not mind being clipped.
 
+Draws of different rounds are independent: where a client answers each on the same images, the
+likelihood of all its uploads is their product, beside one prior: R of them tell as much as one
+with noise of ``1 / sqrt(R)`` (``rounds``).
+
 Balunovic, Dimitrov, Staab and Vechev, ICLR 2022, Sec. 4 and 5: earlier attacks are this one with a
 noise that the defense does not have.  Adam, with a rate that falls exponentially.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Self
@@ -27,7 +32,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedsim import registry
-from fedsim.attack import Paper, Reconstruction, ToyCase
+from fedsim.attack import Paper, Reconstruction, Setting, ToyCase
 from fedsim.errors import ScenarioError
 from fedsim.registry import Expression, register
 from fedsim.threat import Capability, Knowledge
@@ -44,6 +49,7 @@ from strategies.attacks.optimization.objectives import (
 from strategies.attacks.optimization.optimizers import Adam
 from strategies.attacks.optimization.parametrizations import NormalizedPixels
 from strategies.attacks.optimization.priors import TotalVariation
+from strategies.attacks.optimization.rounds import invert_rounds, same_batch_every_round
 from strategies.attacks.optimization.schedules import exponential
 
 # What a likelihood needs to be told of each defense, in the order in which clients apply them.
@@ -78,6 +84,9 @@ class Bayes(TakesLabels):
         here that stops short of the mode.
     signed : bool
         Whether Adam sees the sign of the slope only.
+    rounds : bool
+        Whether to explain all uploads of a client by the same images, with the labels that most
+        rounds give.
     labels : str
         Label rule expression.
     """
@@ -117,6 +126,7 @@ class Bayes(TakesLabels):
     lr: Annotated[float, Field(gt=0)] = 0.1
     last: Annotated[float, Field(gt=0, le=1)] = 0.05
     signed: bool = True
+    rounds: bool = False
     labels: str = "analytic"
 
     def __post_init__(self) -> None:
@@ -138,10 +148,18 @@ class Bayes(TakesLabels):
             )
         super().check(model, kind)
 
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse clients that draw another batch every round, where all rounds are one."""
+        super().check_setting(setting)
+        if self.rounds:
+            same_batch_every_round(setting)
+
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
-        """Return as many images for each view as it has examples."""
+        """Return as many images for each view, or client, as it has examples."""
         if self.defense != "none":
             knowledge.require(Capability.DETAILS)
+        uploads = max(Counter(view.senders for view in views).values()) if self.rounds else 1
+        tv = self.tv / uploads  # the engine takes the mean over rounds
         recipe = Recipe(
             batch_size=knowledge.num_examples,
             labels=self.rule,
@@ -149,12 +167,12 @@ class Bayes(TakesLabels):
                 group.spec, group.known_labels, group.observed.dtype, boxed=True
             ),
             objective=lambda group: self.likelihood.objective(group.observed, group.sizes),
-            priors=lambda group: [TotalVariation(self.tv, group.spec.std)] if self.tv else [],
+            priors=lambda group: [TotalVariation(tv, group.spec.std)] if tv else [],
             optimizer=lambda _: Adam(self.lr, signed=self.signed, schedule=exponential(self.last)),
             iterations=self.iterations,
             restarts=self.restarts,
         )
-        return invert(views, knowledge, recipe)
+        return (invert_rounds if self.rounds else invert)(views, knowledge, recipe)
 
 
 @dataclass(frozen=True)
