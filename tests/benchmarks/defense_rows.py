@@ -39,6 +39,12 @@ class Row:
 NOTHING = Row(
     "none", "none", adversary="bayes(iterations=200, tv=0.1, defense='laplace(scale=0.005)')"
 )
+#: Mixtures with pruning on top, as Huang et al. (2021) combine them.
+COMBINATIONS = tuple(
+    Row(f"{mixture} | prune", f"{mixture}(k={k}) | prune(ratio=0.9)")
+    for mixture in ("mixup", "instahide")
+    for k in (4, 6)
+)
 # What ends a run as one that failed, and is an outcome all the same: the machine has no part in it.
 NO_CANDIDATE, TURNED_AWAY, UNCHANGED = (
     "returned no candidate",
@@ -48,7 +54,7 @@ NO_CANDIDATE, TURNED_AWAY, UNCHANGED = (
 
 
 def rows(*, every_strength: bool = False) -> Iterator[Row]:
-    """Yield nothing at all, then each defense that is no detector, then each channel.
+    """Yield nothing at all, then each defense that is no detector, each channel, combinations.
 
     A defense with strengths stands there with all of them, or with the middle one.
     """
@@ -62,6 +68,7 @@ def rows(*, every_strength: bool = False) -> Iterator[Row]:
             chosen = strengths if every_strength else strengths[len(strengths) // 2 :][:1]
             told = kind == "channel", made.adversary, made.adversary_setting
             yield from (Row(name, strength, *told) for strength in chosen)
+    yield from COMBINATIONS
 
 
 def against(row: Row) -> tuple[bool, dict[str, Any]]:

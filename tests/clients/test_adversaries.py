@@ -10,7 +10,7 @@ import pytest
 
 from fedsim import registry
 from fedsim.parts import Parts, check
-from tests.benchmarks.defense_rows import Row, against, rows, settled
+from tests.benchmarks.defense_rows import COMBINATIONS, Row, against, rows, settled
 from tests.fedsim.small import scenario
 
 NAMED = [row for row in rows() if row.adversary]
@@ -31,8 +31,17 @@ def test_it_passes_every_check_against_the_middle_strength(tmp_path: Path, row: 
         "federation.local": f"fedsgd(batch_size={8 if manipulates else 1}, lr=0.1)",
         **row.keys,
         **keys,
-    }
-    check(Parts(scenario(tmp_path, {**changes, **ASKED.get(row.name, {})})))
+    } | ASKED.get(row.name, {})
+    if "rounds=True" in row.adversary:  # the same images every round
+        sizes = [1] * changes.get("federation.clients", 4)
+        changes["data.partition"] = f"size(partition_sizes={sizes})"
+    check(Parts(scenario(tmp_path, changes)))
+
+
+@pytest.mark.parametrize("row", COMBINATIONS, ids=lambda row: row.expression)
+def test_combinations_of_the_table_are_chains(tmp_path: Path, row: Row) -> None:
+    local = {"federation.local": "fedsgd(batch_size=8, lr=0.1)"}
+    check(Parts(scenario(tmp_path, {"data.dataset": "photo-tiles", **local, **row.keys})))
 
 
 @pytest.mark.parametrize("kind", ["defense", "channel"])

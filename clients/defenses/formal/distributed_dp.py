@@ -16,6 +16,7 @@ the proof; nor is any defense after this one, with which no epsilon is told.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -74,8 +75,10 @@ class DistributedDP(NoisedUpdate):
     # Of one upload, under its share of the noise: what a server with sybils has.  ``sybil-sa-dp``,
     # made for this defense, finds no row above the noise at these strengths and returns nothing.
     adversary: ClassVar[str] = (
-        "bayes(iterations=200, tv=0.1, defense='clip(norm=0.1) | gaussian(std=0.0038)')"
+        "bayes(iterations=200, tv=0.1, "
+        "defense='clip(norm=0.1) | gaussian(std=0.0038)', rounds=True)"
     )
+    adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {"federation.rounds": 4}
     of_sums: ClassVar[bool] = True
 
     norm: Norm = 1.0

@@ -16,6 +16,7 @@ Flower's opacus example builds a privacy engine anew in each round and reports t
 only; the ledger here adds up rounds.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -57,8 +58,9 @@ class DPSGD(NoisedSum):
     )
     # One image a step: the sum's noise and clip are the gradient's.
     adversary: ClassVar[str] = (
-        "bayes(iterations=200, tv=0.1, defense='clip(norm=1.0) | gaussian(std=0.1)')"
+        "bayes(iterations=200, tv=0.1, defense='clip(norm=1.0) | gaussian(std=0.1)', rounds=True)"
     )
+    adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {"federation.rounds": 4}
 
     def clip(self, gradients: Tensors) -> Tensors:
         """Clip over all arrays as one vector."""

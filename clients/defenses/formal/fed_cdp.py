@@ -14,6 +14,7 @@ the sum over 100 clients by 99.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -54,7 +55,10 @@ class FedCDP(NoisedSum):
         "fed-cdp(norm=4.0, sigma=6.0)",
     )
     # One image a step, and no array of its gradient so long as to be clipped.
-    adversary: ClassVar[str] = "bayes(iterations=200, tv=0.1, defense='gaussian(std=0.4)')"
+    adversary: ClassVar[str] = (
+        "bayes(iterations=200, tv=0.1, defense='gaussian(std=0.4)', rounds=True)"
+    )
+    adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {"federation.rounds": 4}
 
     norm: Norm = 4.0
     sigma: Annotated[float, Field(ge=0)] = 6.0

@@ -67,8 +67,9 @@ class Gaussian(Defense):
         "clip(norm=0.1) | gaussian(std=1e-2)",
     )
     adversary: ClassVar[str] = (
-        "bayes(iterations=200, tv=0.1, defense='clip(norm=0.1) | gaussian(std=1e-3)')"
+        "bayes(iterations=200, tv=0.1, defense='clip(norm=0.1) | gaussian(std=1e-3)', rounds=True)"
     )
+    adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {"federation.rounds": 4}
 
     std: Annotated[float, Field(gt=0)] = 1e-3
     at: Place = "update"

@@ -84,7 +84,10 @@ class DPFL(Defense):
         "dpfl(epsilon=10.0)",
     )
     # Each layer's scale is secret; this is that of a quarter of the budget.
-    adversary: ClassVar[str] = "bayes(iterations=200, tv=0.1, defense='laplace(scale=0.08)')"
+    adversary: ClassVar[str] = (
+        "bayes(iterations=200, tv=0.1, defense='laplace(scale=0.08)', rounds=True)"
+    )
+    adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {"federation.rounds": 4}
 
     epsilon: Annotated[float, Field(gt=0)] = 10.0
     alpha: Annotated[float, Field(gt=0)] = 1.0

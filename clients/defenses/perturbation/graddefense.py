@@ -21,6 +21,7 @@ entries agree.  Not here: the variant that clips each example's slices, and the 
 compensation, which filters eigenvalues and denoises for an attacker as well as for training.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -83,7 +84,10 @@ class GradDefense(Defense):
         "graddefense(perturbed=10)",
     )
     # Absolute distance: entries with noise are outliers among those without.
-    adversary: ClassVar[str] = "bayes(iterations=200, tv=0.1, defense='laplace(scale=0.005)')"
+    adversary: ClassVar[str] = (
+        "bayes(iterations=200, tv=0.1, defense='laplace(scale=0.005)', rounds=True)"
+    )
+    adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {"federation.rounds": 4}
 
     slices: Annotated[int, Field(ge=1)] = 10
     perturbed: Annotated[int, Field(ge=1)] = 5

@@ -16,7 +16,7 @@ penalizes only what lies outside the steps.  Where the first layer happens to dr
 is nearly the gradient itself; which layer is protected is luck, and every round is another draw.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -126,7 +126,10 @@ class MixedQuantize(Defense):
         "mixed-quantize(formats=['ternary'])",
     )
     # Absolute distance: what is coarsely rounded are outliers.
-    adversary: ClassVar[str] = "bayes(iterations=200, tv=0.1, defense='laplace(scale=0.005)')"
+    adversary: ClassVar[str] = (
+        "bayes(iterations=200, tv=0.1, defense='laplace(scale=0.005)', rounds=True)"
+    )
+    adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {"federation.rounds": 4}
 
     formats: list[Format] | tuple[Format, ...] = ("int8", "int16", "ternary")
     ranges: list[Range] | tuple[Range, ...] = ("symmetric", "affine")

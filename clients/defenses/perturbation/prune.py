@@ -14,7 +14,7 @@ taking the rest for "small", undoes much of it (``bayes``, ``hcgla``, ``rog``). 
 dropped part arrives later: who adds up the rounds has it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, ClassVar, Literal
@@ -76,7 +76,8 @@ class Prune(Defense):
         high=40.0,
     )
     rank: ClassVar[Rank] = Rank.SPARSIFY
-    adversary: ClassVar[str] = "bayes(iterations=200, tv=0.01, defense='prune')"
+    adversary: ClassVar[str] = "bayes(iterations=200, tv=0.01, defense='prune', rounds=True)"
+    adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {"federation.rounds": 4}
     strengths: ClassVar[tuple[str, ...]] = (
         "prune(ratio=0.5)",
         "prune(ratio=0.9)",

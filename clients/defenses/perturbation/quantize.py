@@ -19,6 +19,7 @@ What breaks it: total variation takes rounding off like other noise; an absolute
 coarse rounding least; repeated rounds average stochastic rounding out.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -94,7 +95,10 @@ class Quantize(Defense):
         "quantize(kind='ternary')",
     )
     # Absolute distance; an interval for each value was worse (docs/methods/bayes.md).
-    adversary: ClassVar[str] = "bayes(iterations=200, tv=0.1, defense='laplace(scale=0.005)')"
+    adversary: ClassVar[str] = (
+        "bayes(iterations=200, tv=0.1, defense='laplace(scale=0.005)', rounds=True)"
+    )
+    adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {"federation.rounds": 4}
 
     kind: Literal["max-norm", "qsgd", "ternary", "sign"] = "max-norm"
     bits: Annotated[int, Field(ge=2, le=24)] = 8
