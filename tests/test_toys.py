@@ -32,4 +32,4 @@ def test_every_method_lands_in_its_band(toy: ToyCase, tmp_path: Path) -> None:
     figure: Any = reduce(part_of, toy.figure.split("."), report)
     assert toy.low <= figure <= toy.high, f"{toy.figure} = {figure}, not {toy.low} to {toy.high}"
     if attack := Parts(scenario).attack:
-        assert set(report["threat_model"]["used"]) <= {need.value for need in attack.needs}
+        assert set(report["threat_model"]["used"]) <= {need.value for need in attack.required}

@@ -22,6 +22,7 @@ costly to follow in private: what ``s`` saves in epsilon it takes from how well 
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -83,8 +84,10 @@ class AdaptiveNoiseDP(NoisedUpdate):
     )
     # The first round: 2 C times sigma.
     adversary: ClassVar[str] = (
-        "bayes(iterations=200, tv=0.1, defense='clip(norm=0.1) | gaussian(std=0.02)')"
+        "bayes(iterations=200, tv=0.1, "
+        "defense='clip(norm=0.1) | gaussian(std=0.02)', rounds=True)"
     )
+    adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {"federation.rounds": 4}
 
     norm: Norm = 1.0
     sigma: Annotated[float, Field(gt=0)] = 2.0

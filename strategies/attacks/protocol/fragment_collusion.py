@@ -31,16 +31,15 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from pydantic import Field
-from torch import nn
 
-from fedsim import registry
-from fedsim.attack import Active, Attack, Paper, Reconstruction, Setting, ToyCase
+from fedsim.attack import Paper, Reconstruction, Setting, ToyCase
 from fedsim.errors import ScenarioError
 from fedsim.interception import Interception, RoundTap, Upload
 from fedsim.population import client_of
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
+from strategies.attacks.handing_on import HandsOn
 from strategies.channels.fragmented import (
     RECORD,
     Fragmented,
@@ -56,7 +55,7 @@ WEIGHT = 8  # bytes before a fragment: of how many examples its sender's update 
 
 @register("attack", "fragment-collusion")
 @dataclass(frozen=True, kw_only=True)
-class FragmentCollusion(Interception):
+class FragmentCollusion(HandsOn, Interception):
     """Be everybody's partner in fragmented learning, then let a passive attack read the uploads.
 
     Threat model F (or what ``then`` needs beyond it), on the channel ``fragmented``.  The model
@@ -100,32 +99,9 @@ class FragmentCollusion(Interception):
         low=120.0,
         high=199.0,
     )
-    unit: ClassVar[str] = "uploads"
 
     then: str = "linear-inversion"
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5
-
-    def __post_init__(self) -> None:
-        """Refuse an active reader; take on what a passive one needs."""
-        if isinstance(self.passive, Active):
-            raise ValueError(f"then={self.then!r} must be passive: the uploads are there already")
-        # A frozen dataclass has no other way.
-        object.__setattr__(self, "needs", type(self).needs | self.passive.required)
-
-    @property
-    def passive(self) -> Attack:
-        """The attack that reads what was put together."""
-        built: Attack = registry.build("attack", self.then, "attack: fragment-collusion(then)")
-        return built
-
-    @property
-    def oracles(self) -> frozenset[str]:
-        """Those of the passive attack."""
-        return self.passive.oracles
-
-    def check(self, model: nn.Module, kind: str) -> None:
-        """Refuse what the passive attack cannot work on."""
-        self.passive.check(model, kind)
 
     def check_setting(self, setting: Setting) -> None:
         """Refuse a channel without partners, and what the passive attack refuses."""
@@ -141,7 +117,7 @@ class FragmentCollusion(Interception):
                 f"it would look for share={self.share:g} of the coordinates where clients exchange "
                 f"share={setting.channel.share:g}; write share={setting.channel.share:g}"
             )
-        self.passive.check_setting(setting)
+        super().check_setting(setting)
 
     def intercept(self, server_round: int, knowledge: Knowledge) -> RoundTap:
         """Return a tap that is everybody's partner."""
@@ -152,7 +128,7 @@ class FragmentCollusion(Interception):
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Let the passive attack read the uploads that were put together."""
-        return self.passive.reconstruct(views, knowledge)
+        return self.inner.reconstruct(views, knowledge)
 
 
 @dataclass

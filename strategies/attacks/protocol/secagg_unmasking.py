@@ -40,16 +40,15 @@ from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 from flwr.supercore.primitives.asymmetric import bytes_to_private_key, bytes_to_public_key
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import nn
 
-from fedsim import registry
-from fedsim.attack import Active, Attack, Paper, Reconstruction, Setting, ToyCase
+from fedsim.attack import Paper, Reconstruction, Setting, ToyCase
 from fedsim.errors import ScenarioError
 from fedsim.interception import Interception, RoundTap, Upload
 from fedsim.population import client_of, node_of
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
+from strategies.attacks.handing_on import HandsOn
 from strategies.channels.secagg import SecAgg, possible_uploads
 
 Lists = Literal["overlapping", "split"]
@@ -58,7 +57,7 @@ Integers = list[NDArray[Any]]
 
 @register("attack", "secagg-unmasking")
 @dataclass(frozen=True, kw_only=True)
-class SecAggUnmasking(Interception):
+class SecAggUnmasking(HandsOn, Interception):
     """Take single clients' uploads out of SecAgg+, then let a passive attack work on them.
 
     Threat model F (or what ``then`` needs beyond it), on the channel ``secagg``; clients of
@@ -110,31 +109,10 @@ class SecAggUnmasking(Interception):
         low=90.0,
         high=110.0,
     )
-    unit: ClassVar[str] = "uploads"
 
     then: str = "linear-inversion"
     victims: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     lists: Lists = "overlapping"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.passive, Active):
-            raise ValueError(f"then={self.then!r} must be passive: the uploads are there already")
-        object.__setattr__(self, "needs", self.needs | self.passive.required)
-
-    @property
-    def passive(self) -> Attack:
-        """The attack that reads what was unmasked."""
-        built: Attack = registry.build("attack", self.then, "attack: secagg-unmasking(then)")
-        return built
-
-    @property
-    def oracles(self) -> frozenset[str]:
-        """Those of the passive attack."""
-        return self.passive.oracles
-
-    def check(self, model: nn.Module, kind: str) -> None:
-        """Refuse what the passive attack cannot work on."""
-        self.passive.check(model, kind)
 
     def check_setting(self, setting: Setting) -> None:
         """Refuse a channel without this protocol, victims that do not exist, and idle splits."""
@@ -156,7 +134,7 @@ class SecAggUnmasking(Interception):
                 f"all {shares} shares of a seed are wanted for the sum, none is left to tell of "
                 "the other; lists='split' needs a threshold below 1"
             )
-        self.passive.check_setting(replace(setting, cohort=1))
+        super().check_setting(replace(setting, cohort=1))
 
     def intercept(self, server_round: int, knowledge: Knowledge) -> RoundTap:  # noqa: ARG002
         """Return a tap that lies."""
@@ -168,7 +146,7 @@ class SecAggUnmasking(Interception):
         """Let the passive attack read the single uploads, or the sums where there are none."""
         single = [at for at, view in enumerate(views) if len(view.senders) == 1]
         chosen = single or list(range(len(views)))
-        found = self.passive.reconstruct([views[at] for at in chosen], knowledge)
+        found = self.inner.reconstruct([views[at] for at in chosen], knowledge)
         what = "single uploads" if single else "sums: no upload could be unmasked"
         return replace(
             found,

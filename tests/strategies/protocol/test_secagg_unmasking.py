@@ -196,10 +196,10 @@ def test_what_cannot_work_is_refused_before_any_client_trains(case: str, tmp_pat
 
 
 def test_it_needs_what_its_passive_attack_needs() -> None:
-    assert "surrogate" not in SecAggUnmasking().needs
-    assert {"updates", "manipulation"} == SecAggUnmasking().needs
-    assert "basics" in SecAggUnmasking(then="inverting-gradients").needs
-    assert "details" in SecAggUnmasking(then="inverting-gradients(simulate=True)").needs
+    assert "surrogate" not in SecAggUnmasking().required
+    assert {"updates", "manipulation"} == SecAggUnmasking().required
+    assert "basics" in SecAggUnmasking(then="inverting-gradients").required
+    assert "details" in SecAggUnmasking(then="inverting-gradients(simulate=True)").required
 
 
 def test_the_report_says_that_the_channel_was_broken(tmp_path: Path) -> None:

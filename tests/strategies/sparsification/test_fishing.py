@@ -287,7 +287,7 @@ def test_statistics_of_the_batch_are_refused(tmp_path: Path) -> None:
 
 def test_it_needs_what_its_inner_attack_needs_and_no_more() -> None:
     make: Callable[..., Fishing] = Fishing
-    assert least_model(make().needs) == "F"
-    assert make(then="linear-inversion").needs == Fishing.needs
+    assert least_model(make().required) == "F"
+    assert make(then="linear-inversion").required == Fishing.needs
     assert make(then="inverting-gradients").unit == "iterations"
-    assert least_model(make(then="gradattack(bn=0.1, statistics='proxy')").needs) == "G"
+    assert least_model(make(then="gradattack(bn=0.1, statistics='proxy')").required) == "G"

@@ -38,10 +38,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedsim import registry
 from fedsim.attack import (
-    Active,
-    Attack,
     Manipulation,
     ModelToSend,
     Paper,
@@ -65,6 +62,7 @@ from strategies.attacks.analytic.sparsification.fishing_heads import (
     next_threshold,
 )
 from strategies.attacks.analytic.sparsification.probing import features
+from strategies.attacks.handing_on import HandsOn
 from strategies.attacks.labels.rule import classifier
 
 # What exp() makes nothing of: a logit so much below another has probability 0 in float32.
@@ -75,7 +73,7 @@ CAUTION = 2.0
 
 @register("attack", "fishing")
 @dataclass(frozen=True, kw_only=True)
-class Fishing(Manipulation):
+class Fishing(HandsOn, Manipulation):
     """Isolate single images' gradients, and hand them to a passive attack as batches of one.
 
     Threat model F.  The architecture stays; no parameter is added.  One query (``target``), two
@@ -161,23 +159,12 @@ class Fishing(Manipulation):
                 "target= and most= are class fishing's; feature fishing reads the one class off "
                 "the roll call, and isolates single images"
             )
-        inner = self.inner
-        if isinstance(inner, Active):
-            raise ValueError(f"then= takes a passive attack; {inner.name} is active itself")
-        if inner.oracles:
+        super().__post_init__()
+        if self.inner.oracles:
             raise ValueError(
-                f"{self.then} asks for the oracle {min(inner.oracles)!r}, which is of whole "
+                f"{self.then} asks for the oracle {min(self.inner.oracles)!r}, which is of whole "
                 "batches; here the label is known: leave it out"
             )
-        # A frozen dataclass has no other way.
-        object.__setattr__(self, "needs", type(self).needs | inner.required)
-        object.__setattr__(self, "unit", inner.unit)
-
-    @property
-    def inner(self) -> Attack:
-        """The attack that gets the isolated gradients."""
-        attack: Attack = registry.build("attack", self.then, "attack: fishing(then)")
-        return attack
 
     def check(self, model: nn.Module, kind: str) -> None:
         """Refuse uploaded weights, a head that cannot be rewritten, and what ``then`` refuses."""
@@ -198,7 +185,7 @@ class Fishing(Manipulation):
                     f"bias={self.bias:g} would not silence the other classes: this model's "
                     f"features add up to {loudest:.0f}; let bias be at least {least:.0f}"
                 )
-        self.inner.check(model, kind)
+        super().check(model, kind)
 
     def check_setting(self, setting: Setting) -> None:
         """Refuse BatchNorm's statistics of the batch: silenced images would be heard in them."""
@@ -209,7 +196,7 @@ class Fishing(Manipulation):
                 "BatchNorm in train mode lets silenced images influence the others; use 'frozen', "
                 "or a model with GroupNorm",
             )
-        self.inner.check_setting(setting)
+        super().check_setting(setting)
 
     # -- what is sent ----------------------------------------------------------------------------
     def craft(

@@ -32,11 +32,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedsim import registry
-from fedsim.attack import Active, Attack, Cost, Paper, Reconstruction, Setting, ToyCase
+from fedsim.attack import Cost, Paper, Reconstruction, Setting, ToyCase
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
+from strategies.attacks.handing_on import HandsOn
 from strategies.attacks.optimization.augmented.gradient_diffusion import (
     KEPT,
     GradientDiffusion,
@@ -53,7 +53,7 @@ from strategies.attacks.optimization.training import training_steps
 
 @register("attack", "mjolnir")
 @dataclass(frozen=True, kw_only=True)
-class Mjolnir(Attack):
+class Mjolnir(HandsOn):
     """Threat model D, and what ``then`` needs: surrogate data, the defense's noise.
 
     Cost: a gradient of each surrogate example and ``steps`` of training for each distinct pair of
@@ -121,27 +121,6 @@ class Mjolnir(Attack):
     batch: Annotated[int, Field(ge=1)] = 8
     lr: Annotated[float, Field(gt=0)] = 3e-3
 
-    def __post_init__(self) -> None:
-        """Refuse an attack that is active."""
-        if isinstance(self.inner, Active):
-            raise ValueError(f"then={self.then!r} must be passive: it gets uploads, denoised")
-
-    @property
-    def inner(self) -> Attack:
-        """The attack that inverts what was denoised."""
-        built: Attack = registry.build("attack", self.then, "attack: mjolnir(then)")
-        return built
-
-    @property
-    def required(self) -> frozenset[Capability]:
-        """What it needs, and what ``then`` does."""
-        return self.needs | self.inner.required
-
-    @property
-    def oracles(self) -> frozenset[str]:
-        """Those of ``then``."""
-        return self.inner.oracles
-
     def check(self, model: nn.Module, kind: str) -> None:
         """Refuse weights after local training, and what ``then`` refuses."""
         if kind == "weights":
@@ -149,12 +128,12 @@ class Mjolnir(Attack):
                 "mjolnir is trained on gradients and cannot denoise weights after local training; "
                 "use federation.local = 'fedsgd(...)'"
             )
-        self.inner.check(model, kind)
+        super().check(model, kind)
 
     def check_setting(self, setting: Setting) -> None:
         """Refuse BatchNorm in train mode, and what ``then`` refuses."""
         refuse_batch_statistics(setting.model, setting.batchnorm)
-        self.inner.check_setting(setting)
+        super().check_setting(setting)
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Return what ``then`` makes of the denoised views."""

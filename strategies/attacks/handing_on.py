@@ -1,0 +1,48 @@
+"""What an attack does about the one that it hands on to."""
+
+from torch import nn
+
+from fedsim import registry
+from fedsim.attack import Active, Attack, Setting
+from fedsim.threat import Capability
+
+
+class HandsOn(Attack):
+    """An attack whose parameter ``then`` is the expression of a passive one, which reads for it.
+
+    What that one needs, asks for and refuses, so does this one; progress counts its units.  One
+    with more to check calls these, and checks what is its own.
+    """
+
+    then: str
+
+    def __post_init__(self) -> None:
+        """Refuse a reader that does not exist (``ScenarioError``), or changes what clients get."""
+        if isinstance(self.inner, Active):
+            raise ValueError(f"then={self.then!r} must be passive: it reads what is there already")
+        # A frozen dataclass has no other way.
+        object.__setattr__(self, "unit", self.inner.unit)
+
+    @property
+    def inner(self) -> Attack:
+        """The attack that reads."""
+        built: Attack = registry.build("attack", self.then, f"attack: {self.name}(then)")
+        return built
+
+    @property
+    def required(self) -> frozenset[Capability]:
+        """What it needs, and what ``then`` does."""
+        return self.needs | self.inner.required
+
+    @property
+    def oracles(self) -> frozenset[str]:
+        """Those of ``then``."""
+        return self.inner.oracles
+
+    def check(self, model: nn.Module, kind: str) -> None:
+        """Refuse what ``then`` refuses."""
+        self.inner.check(model, kind)
+
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse what ``then`` refuses."""
+        self.inner.check_setting(setting)
