@@ -84,8 +84,7 @@ class AdaptiveNoiseDP(NoisedUpdate):
     )
     # The first round: 2 C times sigma.
     adversary: ClassVar[str] = (
-        "bayes(iterations=200, tv=0.1, "
-        "defense='clip(norm=0.1) | gaussian(std=0.02)', rounds=True)"
+        "bayes(iterations=200, tv=0.1, defense='clip(norm=0.1) | gaussian(std=0.02)', rounds=True)"
     )
     adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {"federation.rounds": 4}
 

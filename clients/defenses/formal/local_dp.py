@@ -77,7 +77,7 @@ class LocalDP(NoisedUpdate):
         "local-dp(norm=0.1, epsilon=100.0)",
         "local-dp(norm=0.1, epsilon=8.0)",
     )
-    # 2 C times the multiplier of epsilon 100 in one round; more rounds share it, at more noise each.
+    # 2 C times the multiplier of epsilon 100 in one round; rounds share it, each with more noise.
     adversary: ClassVar[str] = (
         "bayes(iterations=200, tv=0.1, defense='clip(norm=0.1) | gaussian(std=0.0189)')"
     )
