@@ -78,9 +78,9 @@ federation of `matching` or `imprint` but for what it asks for (`adversary_setti
 rounds of 8 clients with 4,000 images, and the seconds and bytes sent up of these rounds. In
 parentheses is what was changed where a defense does nothing, or refuses: three local steps, the
 network in train mode, 8 or 32 images a client. "nothing": every client refused or was turned away,
-or the attack returned nothing. Rows that are missing were not run. LPIPS is not computed: its
-weights were not at hand. Seconds are of a machine that did other things too; [what a defended round
-costs](defenses-overhead.md) was measured in turns.
+or the attack returned nothing. One seed. Rows that are missing were not run. LPIPS is not computed:
+its weights were not at hand. Seconds are of a machine that did other things too; [what a defended
+round costs](defenses-overhead.md) was measured in turns.
 
 One command: `{command}`.
 

@@ -50,7 +50,7 @@ needs another than one image a client (`imprint`: 8): three local steps, the net
 measured. 8 clients, examples dealt out {partitions} (Dirichlet's alpha is 0.5); `digits`: five
 rounds of one local epoch in batches of 8 at rate 0.1; `cifar10`: 4,000 images, ten rounds of one
 local epoch in batches of 32 at rate 0.05. "refused" under accuracy: the defense cannot be put in
-place, or changes nothing there. What is missing was not run.
+place, or changes nothing there. One seed. What is missing was not run.
 
 One command: `{command}`.
 """

@@ -351,7 +351,7 @@ on 10,000 training images (`dropout` without dropping anything then); clients co
 with BatchNorm and dropout in eval mode, but for `dropout` and `fedavg-batchnorm`. PSNR in [0, 1],
 matched one to one by the auditor; "leaked" is PSNR of 20 dB or more; "floor" is the best guess
 that sees no update; "GE" are gradient evaluations. No LPIPS: its weights were not at hand.
-Seconds are of a machine that did other things too.
+One seed. Seconds are of a machine that did other things too.
 
 What is below the floor leaked nothing that a mean image does not. Reasons that the methods
 themselves give, not measured here one by one: `dlg`'s squared distance is ruled by the layers
