@@ -71,6 +71,11 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "dlg, ten times as long": ("dlg(batch_size={b}, iterations=3000, restarts=1)", "A", "none"),
     "linear-inversion": ("linear-inversion", "A", "none"),
     "spear": ("spear", "B", "none"),
+    "inverting-gradients, labels by sign": (
+        "inverting-gradients(iterations={n}, tv=1e-2, labels='idlg')",
+        "B",
+        "none",
+    ),
     "r-gap": ("r-gap", "B", "none"),
     "april": ("april", "B", "none"),
     "peeling": ("peeling", "B", "none"),
@@ -166,7 +171,12 @@ NETWORKS = {
         (PLAIN, "linear-inversion", "spear", "peeling"),
         about="exact",
     ),
-    "cnn6": Network("cnn6", (PLAIN, "r-gap"), about="exact, for one image"),
+    "cnn6": Network(
+        "cnn6",
+        ("inverting-gradients, labels by sign", "r-gap"),
+        changes={"federation.precision": "float64"},
+        about="float64, no biases; `r-gap` is exact, for one image",
+    ),
     "vit": Network(
         "vit",
         (PLAIN, "april", "gradvit"),
@@ -252,10 +262,11 @@ def captured(cell: Cell, out: Path) -> Path:
     if place.exists():
         return place.resolve()
     network, clients = NETWORKS[cell.network], SIZES[cell.batch]
+    first, letter, _ = METHODS[network.methods[0]]
     flat = {
         "title": cell.name,
-        "threat-model": "B",
-        "attack": "inverting-gradients(iterations=1)",
+        "threat-model": letter,
+        "attack": first.format(n=1, b=cell.batch),
         "model.name": network.model,
         "data.dataset": cifar(out, PLACES, "twenty"),
         "federation.clients": clients,
