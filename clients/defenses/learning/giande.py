@@ -59,8 +59,9 @@ class Giande(Defense):
         "to 100 clients",
         measured="fedsim run scenarios/giande.toml (robbing-the-fed, 4 x 16 photo tiles): 26 of "
         "64 exact, 28 at 20 dB, from one candidate for each image that the client counts; "
-        "undefended 58 exact; un-rolled 60 (scenarios/unrolling.toml).  8 images, 200 bins, all bins read: 8 of 8 at 120 dB with the mean "
-        "functional, 5 to 8 with four random ones (pytest tests/clients/test_defenses_giande.py)",
+        "undefended 58 exact; un-rolled 60 (scenarios/unrolling.toml).  8 images, 200 bins, all "
+        "bins read: 8 of 8 at 120 dB with the mean functional, 5 to 8 with four random ones "
+        "(pytest tests/clients/test_defenses_giande.py)",
     )
     toy: ClassVar[ToyCase] = ToyCase(
         scenario={

@@ -54,6 +54,17 @@ def test_one_original_and_all_twins_give_everything():
     assert exact(ring.solved(), both[:8]) == 8
 
 
+def test_errors_grow_on_the_way_round_until_the_ring_is_closed():
+    both = joined(8)
+    noise = 1e-6 * torch.randn(both.shape, generator=torch.Generator().manual_seed(0))
+    ring = unrolled(torch.cat([both[:1], both[8:]]) + noise[:9], 0.2, EACH)
+    errors = torch.cdist(both[:8], ring.solved()).min(dim=1).values / both.shape[1] ** 0.5
+    assert errors.min() < 2e-6
+    assert errors.max() > 1e-3
+    ring = unrolled(both + noise, 0.2, EACH)
+    assert (ring.solved() - both[:8]).abs().mean() < 2e-6
+
+
 def test_all_twins_in_their_order_are_one_well_conditioned_system():
     both = joined(8)
     ring = unrolled(both, 0.2, EACH)
