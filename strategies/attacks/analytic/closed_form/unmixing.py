@@ -94,9 +94,9 @@ class Unmixing(Attack):
     them, or classes of their own.  A client that holds no more than k images leaves none out, and
     only labels help.  With signs it wants more than ``n (n + 1) / 2`` mixtures, of three images or
     more and of two classes at least: ``m - n (n + 1) / 2`` times the classes but one must not be
-    less than ``n (n - 1) / 2``; or classes of their own.  Clipped updates, whose soft labels are off
-    by an unknown factor, are for mixtures without signs only.  Which signs neighbors have is a vote,
-    which nothing verifies: right for eight photographs, mostly for four, not for one or two.
+    less than ``n (n - 1) / 2``; or classes of their own.  Soft labels of clipped updates are off by
+    an unknown factor, which only mixtures without signs survive.  Which signs neighbors have is a
+    vote, which nothing verifies: right for eight photographs, mostly for four, not for one or two.
     """
 
     paper: ClassVar[Paper] = Paper(
