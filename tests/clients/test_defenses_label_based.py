@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from clients.defenses.learning.label_based import GhostBatchNorm2d, LabelBased
 from fedsim.defense import Refusal
 from fedsim.errors import ScenarioError
 from fedsim.models import initial_model
-from tests.clients.test_defenses_mixup import SPEC, client
+from tests.clients.test_defenses_mixup import SPEC, client, images
 from tests.fedsim.small import federated
 
 GROUPED: dict[str, Any] = {
@@ -52,6 +53,33 @@ def test_too_few_of_every_class_is_refused_and_of_some_makes_smaller_batches() -
     ctx.labels = torch.tensor([5] * 4 + [1] * 3 + [2] * 2)
     (indices,) = LabelBased().sampler([torch.arange(8)], 9, ctx)
     assert sorted(indices.tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("groups", "order", "same"),
+    [
+        pytest.param(1, [5, 2, 7, 0, 3, 6, 1, 4], True, id="any order, one group"),
+        pytest.param(2, [2, 0, 3, 1, 7, 5, 4, 6], True, id="within both groups"),
+        pytest.param(2, [4, 5, 6, 7, 0, 1, 2, 3], True, id="the groups' own order"),
+        pytest.param(2, [5, 2, 7, 0, 3, 6, 1, 4], False, id="across groups"),
+    ],
+)
+def test_the_order_of_examples_is_not_in_the_gradient_but_who_shares_a_group_is(
+    groups: int, order: list[int], same: bool
+) -> None:
+    """Candidates under labels in another order match with the same images in that order."""
+    model = initial_model("convnet(width=4, norm='batch')", SPEC, 0).double().train()
+    model = LabelBased(groups=groups).wrap_model(model, client(8))
+    held, labels = images(8), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+
+    def gradient(pictures: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        loss = cross_entropy(model(pictures), classes)
+        parts = torch.autograd.grad(loss, list(model.parameters()))
+        return torch.cat([part.flatten() for part in parts])
+
+    private, other = gradient(held, labels), gradient(held[order], labels[order])
+    assert torch.allclose(private, other, atol=1e-9) == same
+    assert not torch.allclose(private, gradient(held, labels[[7, *range(7)]]), atol=1e-9)
 
 
 def test_each_group_is_normalized_by_itself() -> None:

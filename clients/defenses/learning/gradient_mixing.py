@@ -12,7 +12,7 @@ the abstracts: here squared error on the logits, ``1/2 |z - y|^2``, or cross-ent
 Promises an overlap in the layer next to the loss, as long as outputs are alike.  Layers before it
 see inputs through different ReLUs, which un-mixes them: broken by attacks on those
 (``paper.measured``), by matching, and by any active server.  Batches of one class are bad for
-BatchNorm and for SGD, and tell the class.
+BatchNorm and for SGD, and tell the class.  Labels have no order to search for: they are all one.
 """
 
 from collections.abc import Iterable, Iterator

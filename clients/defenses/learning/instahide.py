@@ -11,11 +11,13 @@ becomes ``m + s (x - m)`` with the channel's public mean m, and may leave ``[0, 
 Promises less than it seems: ``|x^| = |x~|`` is in every sample, the sign mask hides one bit a
 value.  Broken by Carlini et al., "Is Private Learning Possible with Instance Encoding?", IEEE S&P
 2021: cluster the absolute values by image, then phase retrieval over a few encodings.  Their
-impossibility result covers every such encoding that learns as well.  The released defense needs a
+impossibility result covers every such encoding that learns as well.  Where encodings are read
+exactly, 64 of eight images give all eight exactly (``adversary``).  The released defense needs a
 random generator library that is no longer maintained; here masks come from the client's secret
 stream.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -43,7 +45,8 @@ class InstaHide(Mixing):
         "86.1 and 83.2 (Huang et al., NeurIPS 2021, as quoted elsewhere)",
         measured="fedsim run scenarios/instahide.toml (robbing-the-fed, 4 x 16 encodings of photo "
         "tiles): 0 of 247 images that were mixed at 20 dB, mean 13.8 dB; undefended 61 of 64.  "
-        "Ratio attack, batch 1: 12 to 14 dB (mean of 4, six seeds).  Three epochs' encodings of "
+        "Ratio attack, batch 1: 12 to 14 dB (mean of 4, six seeds); un-mixed over 64 rounds all 16 "
+        "exactly (fedsim run scenarios/unmixing_instahide.toml).  Three epochs' encodings of "
         "four images of different classes give the absolute values of all four back to 1e-6 "
         "(pytest tests/clients/test_defenses_instahide.py)",
     )
@@ -56,9 +59,13 @@ class InstaHide(Mixing):
     )
     rank: ClassVar[Rank] = Rank.DATA
     strengths: ClassVar[tuple[str, ...]] = ("instahide(k=2)", "instahide(k=4)", "instahide(k=6)")
-    # It returns the encoding: un-mixing needs a span, which random signs leave none, and phase
-    # retrieval over many encodings is not built.
-    adversary: ClassVar[str] = "inverting-gradients(iterations=200, tv=1e-2)"
+    adversary: ClassVar[str] = "unmixing(k=4, signs=True)"
+    adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {
+        "model.name": "mlp(hidden=[256])",
+        "federation.clients": 8,
+        "federation.rounds": 64,
+        "federation.local": "fedsgd(batch_size=1, lr=0.01)",
+    }
 
     def transform_batch(self, batch: Batch, ctx: ClientContext) -> Batch:
         """Mix, then flip: images ``[B * k, C, H, W]`` become ``[B, C, H, W]``."""

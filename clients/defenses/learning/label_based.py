@@ -8,9 +8,12 @@ attack's script.  Both are here, as two switches: a sampler that draws ``B / r``
 images of each, and "ghost" BatchNorm over ``groups`` parts of the batch, whose statistics are not
 uploaded.
 
-Promises ambiguity, not secrecy: which image has which label does not matter to an attack on pixels.
-Broken by inferring the labels and trying permutations, and by every imprint and first-layer ratio,
-which use no label.
+Promises ambiguity, not secrecy, and the unknown order is none: the gradient of a mean is the same
+for every order of the examples, so that candidates matched under any order of the right labels have
+the private batch as a solution, in that order (BatchNorm in train mode too).  There is no
+permutation to search; the labels as a multiset are what is wanted, and label rules read them.  The
+order says something where ``groups`` is more than 1: who is normalized with whom, not who is first.
+Broken by matching, and by every imprint and first-layer ratio, which use no label.
 """
 
 from collections.abc import Iterable, Iterator

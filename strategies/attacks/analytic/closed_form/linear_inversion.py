@@ -47,6 +47,9 @@ class LinearInversion(Attack):
     rows : {"largest", "all"}
         The row with the largest ``|db_i|``, or the least squares of all of them, pixel by pixel,
         over what did not come back as 0: for clients who drop the largest entries.
+    clip : bool
+        Bring pixels to ``[0, 1]``; False is for attacks that go on with what clients trained on,
+        which a defense may have taken out of there.
     """
 
     paper = Paper(
@@ -79,13 +82,14 @@ class LinearInversion(Attack):
 
     layer: str | None = None
     rows: Literal["largest", "all"] = "largest"
+    clip: bool = True
 
     def check(self, model: nn.Module, kind: str) -> None:  # noqa: ARG002
         """Refuse a model without a biased fully connected layer on the pixels."""
         reading_layer(model, self.layer)
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
-        """Return ``[M, C, H, W]`` in ``[0, 1]``, float64, at most one candidate for each view."""
+        """Return ``[M, C, H, W]``, float64, at most one candidate for each view."""
         examples, indices, labels, scores, receipts = [], [], [], [], []
         shape: tuple[int, ...] = (1, 1, 1)
         for index, view in enumerate(views):
@@ -96,13 +100,14 @@ class LinearInversion(Attack):
             if found is None:
                 receipts.append(f"{view.label}: no row of the first layer can be divided")
                 continue
-            examples.append(found[0].view(shape))
+            pixels = found[0].view(shape)
+            examples.append(pixels.clamp(0, 1) if self.clip else pixels)
             scores.append(found[1])
             indices.append(index)
             labels.append(negative_class(view, model))
         divided = "one row" if self.rows == "largest" else "all rows"
         return Reconstruction(
-            examples=torch.stack(examples).clamp(0, 1) if examples else torch.empty(0, *shape),
+            examples=torch.stack(examples) if examples else torch.empty(0, *shape),
             views=torch.tensor(indices, dtype=torch.int64),
             labels=torch.tensor(labels, dtype=torch.int64),
             scores=torch.tensor(scores, dtype=torch.float64),

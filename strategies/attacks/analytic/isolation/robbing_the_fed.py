@@ -79,6 +79,9 @@ class RobbingTheFed(Manipulation):
         Factor on rows and biases (its inverse on the way back).  None: worked out on surrogate
         data, or on noise without them, so that the update survives float32 local steps and
         Flower's SecAgg+ (``gain.py``).
+    clip : bool
+        Bring pixels to ``[0, 1]``; False is for attacks that go on with what clients trained on,
+        which a defense may have taken out of there.
 
     Fails where the scalar's distribution is misjudged or tied, with augmentation or standardization
     at the client, under noise of the size of one image's gradient, and in part under weight decay
@@ -136,6 +139,7 @@ class RobbingTheFed(Manipulation):
     read_out: ReadOut = "addition"
     target: Annotated[float, Field(gt=0, lt=1)] | None = None
     gain: Annotated[float, Field(gt=0)] | None = None
+    clip: bool = True
 
     def __post_init__(self) -> None:
         if self.bins == "normal":
@@ -237,7 +241,8 @@ class RobbingTheFed(Manipulation):
         for index, view in enumerate(views):
             images, strength, bins = read_imprint(view)
             best = strength.argsort(descending=True, stable=True)[: knowledge.most_examples(view)]
-            found.append(images[best].view(-1, *shape).clamp(0, 1).float())
+            read = images[best].clamp(0, 1) if self.clip else images[best]
+            found.append(read.view(-1, *shape).float())
             scores.append(strength[best].float())
             sources.append(torch.full((len(best),), index))
             receipts.append(f"read {len(images)} occupied bins of {bins} in view {view.label}")
