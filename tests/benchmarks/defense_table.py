@@ -72,8 +72,8 @@ at PSNR 20 dB, mean PSNR in dB, mean SSIM, and labels rightly named. `ratio`: `l
 an `mlp`, one image a client. `matching`: `inverting-gradients`, 200 iterations, on a `convnet`, one
 image a client. `imprint`: `robbing-the-fed` with 128 bins before a `convnet`, 8 images from each of
 8 clients. `adaptive`: the attack that a defense names, the strongest that is built; of `ats`,
-`digestnn`, `instahide`, `label-smoothing`, `obscure`, `refiner` and `emulated-ppfl` that is one
-that does not know of it, and undefended the control of those that count on Laplace noise. On the
+`digestnn`, `instahide`, `label-smoothing` and `emulated-ppfl` that is one that does not know of it,
+and undefended the control of those that count on Laplace noise. On the
 federation of `matching` or `imprint` but for what it asks for (`adversary_setting`). Accuracy: ten
 rounds of 8 clients with 4,000 images, and the seconds and bytes sent up of these rounds. In
 parentheses is what was changed where a defense does nothing, or refuses: three local steps, the

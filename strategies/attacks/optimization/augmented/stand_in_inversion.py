@@ -97,8 +97,10 @@ class StandInInversion(Attack):
         "of something that is not the image",
         measured="8 photo tiles, first linear layer, what the ratio reads / inverted / a guess: "
         "refiner 11.8 / 19.4 / 13.3 dB (5 of 8 images at 20 dB), obscure 8.5 / 14.0 / 13.3, "
-        "ats(policies='3-1-7') 7.1 / 14.7 / 13.3 (fedsim run scenarios/stand_in_inversion.toml, and "
-        "with these defenses); more in docs/methods/stand-in-inversion.md",
+        "ats(policies='3-1-7') 7.1 / 14.7 / 13.3 (fedsim run "
+        "scenarios/stand_in_inversion.toml, and with these defenses); 16 CIFAR-10 images, "
+        "convnet(stride=2), what else was strongest / this / a guess: refiner 11.6 / 17.0 / 12.7, "
+        "obscure 10.9 / 15.5 / 12.7 (docs/methods/stand-in-inversion.md)",
     )
     needs = frozenset(
         {Capability.UPDATES, Capability.BASICS, Capability.DETAILS, Capability.SURROGATE}
@@ -115,7 +117,7 @@ class StandInInversion(Attack):
             "federation.local": "fedsgd(batch_size=1, lr=0.1)",
         },
         figure="leak.psnr.mean",
-        # Seeds 1, 2 and 7 gave 13.8 to 14.4; a guess gets 11.1 to 11.5, the robust image itself 10.8.
+        # Seeds 1, 2 and 7 gave 13.8 to 14.4; a guess gets 11.1 to 11.5, robust images are at 10.8.
         low=12.8,
         high=20.0,
     )
