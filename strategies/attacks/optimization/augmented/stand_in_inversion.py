@@ -100,7 +100,8 @@ class StandInInversion(Attack):
         "ats(policies='3-1-7') 7.1 / 14.7 / 13.3 (fedsim run "
         "scenarios/stand_in_inversion.toml, and with these defenses); 16 CIFAR-10 images, "
         "convnet(stride=2), what else was strongest / this / a guess: refiner 11.6 / 17.0 / 12.7, "
-        "obscure 10.9 / 15.5 / 12.7 (docs/methods/stand-in-inversion.md)",
+        "obscure 10.9 / 15.5 / 12.7, ats 10.2 / 14.2 / 12.7, digestnn 9.2 / 10.9 / 12.7 "
+        "(docs/methods/stand-in-inversion.md)",
     )
     needs = frozenset(
         {Capability.UPDATES, Capability.BASICS, Capability.DETAILS, Capability.SURROGATE}
