@@ -71,10 +71,10 @@ The same 64 CIFAR-10 images for all (training images 0, 100 ... 6300); a cell is
 at PSNR 20 dB, mean PSNR in dB, mean SSIM, and labels rightly named. `ratio`: `linear-inversion` on
 an `mlp`, one image a client. `matching`: `inverting-gradients`, 200 iterations, on a `convnet`, one
 image a client. `imprint`: `robbing-the-fed` with 128 bins before a `convnet`, 8 images from each of
-8 clients. `adaptive`: the attack that a defense names, the strongest that is built; of `ats`,
-`digestnn`, `label-smoothing`, `obscure`, `refiner` and `emulated-ppfl` that is one that does not
-know of it, and undefended the control of those that count on Laplace noise. On the
-federation of `matching` or `imprint` but for what it asks for (`adversary_setting`). Accuracy: ten
+8 clients. `adaptive`: the attack that a defense names, the strongest that is built; of
+`label-smoothing` and `emulated-ppfl` that is one that does not know of it, and undefended the
+control of those that count on Laplace noise. On the federation of `matching` or `imprint` but for
+what it asks for (`adversary_setting`): four rounds, where draws of noise are averaged. Accuracy: ten
 rounds of 8 clients with 4,000 images, and the seconds and bytes sent up of these rounds. In
 parentheses is what was changed where a defense does nothing, or refuses: three local steps, the
 network in train mode, 8 or 32 images a client. "nothing": every client refused or was turned away,

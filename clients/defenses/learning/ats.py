@@ -79,9 +79,8 @@ class Ats(Defense):
         "ats(policies='3-1-7')",
         "ats(policies='3-1-7+43-18-18')",
     )
-    # It returns T(x).  To undo T it would have to be known: each transform goes one of two ways, at
-    # random, and shifts throw rows away.
-    adversary: ClassVar[str] = "inverting-gradients(iterations=200, tv=1e-2)"
+    # It reads T(x) and goes from there to x, as rehearsals of both directions taught it.
+    adversary: ClassVar[str] = "stand-in-inversion(defense=\"ats(policies='3-1-7')\")"
 
     policies: str = "3-1-7+43-18-18"
 

@@ -13,10 +13,10 @@ distance of D(x) from x stands for it, and D's form and ``apart`` are ours.
 
 What it promises: gradients are of D(x): no attack that explains a gradient gets x from it alone.
 What it does not: D is a small network that keeps edges and shapes.  Its inverse can be learned by
-whom a client shows pairs; with surrogates of D, drawn as clients draw theirs, it comes to little
-more than a guess (``tests/clients/test_defenses_digestnn.py``).  f is of use only
-behind a D: accuracy that the server measures on plain images says nothing of what clients get, who
-each have a D of their own; the report tells theirs on what they train on.
+whom a client shows pairs; with surrogates of D, drawn as clients draw theirs, it comes to a guess
+at most (``stand-in-inversion``), or to little more (``tests/clients/test_defenses_digestnn.py``).
+f is of use only behind a D: accuracy that the server measures on plain images says nothing of what
+clients get, who each have a D of their own; the report tells theirs on what they train on.
 """
 
 import math
@@ -78,9 +78,9 @@ class DigestNN(Defense):
         "digestnn(apart=0.5)",
         "digestnn(apart=0.9)",
     )
-    # It returns the stand-in.  What leads from there to the image, an inverter trained on public
-    # pairs, is not built as an attack on a run; in tests/clients/test_defenses_digestnn.py it is.
-    adversary: ClassVar[str] = "inverting-gradients(iterations=200, tv=1e-2)"
+    # It reads D(x) and goes on as rehearsals taught it, of networks drawn alike; that they are not
+    # the client's own is what leaves it below a guess.
+    adversary: ClassVar[str] = "stand-in-inversion(defense='digestnn(apart=0.5)')"
 
     width: Annotated[int, Field(ge=1)] = 16
     gain: Annotated[float, Field(gt=0)] = 8.0

@@ -14,8 +14,9 @@ Only the abstract was read: samples "totally distinct from the original", which 
 their predictive features".  The two terms above are that sentence, their form is ours.
 
 What it promises: no private image is in the gradient, whatever reads it; an attack gets s.  What it
-does not: the features are the private ones' by design, and so is what an inverter of features makes
-of them.  The loss is of a network that is fooled: its gradient may teach little.
+does not: the features are the private ones' by design, and who has public data learns the way from
+there back to the image (``stand-in-inversion``).  The loss is of a network that is fooled: its
+gradient may teach little.
 """
 
 from collections.abc import Callable
@@ -76,9 +77,8 @@ class Obscure(Defense):
         "obscure(beta=0.1)",
         "obscure(beta=1.0)",
     )
-    # It returns the stand-in.  Nothing here leads from there to the image: an inverter trained on
-    # public pairs is not built.
-    adversary: ClassVar[str] = "bayes(iterations=200, tv=0.1, defense='laplace(scale=0.005)')"
+    # It reads the stand-in and goes from there to the image, by what rehearsals taught it.
+    adversary: ClassVar[str] = "stand-in-inversion(defense='obscure(beta=0.1)')"
 
     per: Annotated[int, Field(ge=1)] = 1
     iterations: Annotated[int, Field(ge=1)] = 50

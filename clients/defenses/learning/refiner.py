@@ -16,7 +16,7 @@ a client here has no such network, and structural similarity stands in for it.
 
 What it promises: no private image is in the gradient, whatever reads it; an attack gets x*.  What
 it does not: how much of x is in x*.  SSIM says little of what an image means, and an attacker with
-public data may learn to go from x* to x.
+public data learns to go from x* to x (``stand-in-inversion``).
 """
 
 from collections.abc import Callable
@@ -80,9 +80,8 @@ class Refiner(Defense):
         "refiner(beta=1.0)",
         "refiner(beta=10.0)",
     )
-    # It returns the stand-in.  Nothing here leads from there to the image: an inverter trained on
-    # public pairs is not built.
-    adversary: ClassVar[str] = "inverting-gradients(iterations=200, tv=1e-2)"
+    # It reads the robust image and goes from there to the private one, as rehearsals taught it.
+    adversary: ClassVar[str] = "stand-in-inversion(defense='refiner(beta=1.0)')"
 
     iterations: Annotated[int, Field(ge=1)] = 20
     lr: Annotated[float, Field(gt=0)] = 0.05

@@ -12,12 +12,8 @@ from fedsim.attack import Reconstruction, Setting
 from fedsim.data import load_dataset, split_test
 from fedsim.errors import ScenarioError
 from fedsim.threat import TrainingDetails
-from strategies.attacks.optimization.augmented.rog import (
-    ROG,
-    LowResolution,
-    obfuscated,
-    paired,
-)
+from strategies.attacks.optimization.augmented.rehearsals import paired
+from strategies.attacks.optimization.augmented.rog import ROG, LowResolution, obfuscated
 from strategies.attacks.optimization.basic.inverting_gradients import InvertingGradients
 from strategies.attacks.optimization.engine import Recipe, invert
 from strategies.attacks.optimization.objectives import SquaredDistance

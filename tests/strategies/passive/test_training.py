@@ -7,6 +7,7 @@ from strategies.attacks.optimization.augmented.gi_pip import GIPIP
 from strategies.attacks.optimization.augmented.hcgla import HCGLA
 from strategies.attacks.optimization.augmented.mjolnir import Mjolnir
 from strategies.attacks.optimization.augmented.rog import ROG
+from strategies.attacks.optimization.augmented.stand_in_inversion import StandInInversion
 from strategies.attacks.optimization.basic.gradvit import GradViT
 from strategies.attacks.optimization.training import training_steps
 from tests.strategies.passive.honest import Honest, batch
@@ -24,6 +25,10 @@ ATTACKS = {
         "convnet(width=8)",
     ),
     "rog": (ROG(iterations=2, pairs=4, steps=LONG), LENET),
+    "stand-in-inversion": (
+        StandInInversion(defense="digestnn", then="linear-inversion", pairs=4, steps=LONG),
+        "mlp(hidden=[8])",
+    ),
 }
 
 

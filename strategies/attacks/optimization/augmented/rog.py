@@ -32,19 +32,26 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, l1_loss
 
-from fedsim.attack import Cost, Paper, Reconstruction, Setting, ToyCase
+from fedsim.attack import Paper, Reconstruction, Setting, ToyCase
 from fedsim.data import DataSpec
 from fedsim.registry import register
-from fedsim.seeds import seeded_globals
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
 from strategies.attacks.labels.attack import TakesLabels
 from strategies.attacks.labels.rule import LabelRule
 from strategies.attacks.optimization.augmented.denoiser import Denoiser
+from strategies.attacks.optimization.augmented.rehearsals import (
+    HELD_OUT,
+    Rehearsal,
+    answer,
+    corrected,
+    handed_over,
+    paired,
+    taught,
+)
 from strategies.attacks.optimization.engine import Recipe, invert
 from strategies.attacks.optimization.gradients import BatchGradients, Operator
 from strategies.attacks.optimization.groups import Group
@@ -54,14 +61,9 @@ from strategies.attacks.optimization.optimizers import Adam
 from strategies.attacks.optimization.parametrizations import Candidate, Pixels
 from strategies.attacks.optimization.schedules import cosine
 from strategies.attacks.optimization.surrogate_gradients import SameModel, by_model
-from strategies.attacks.optimization.training import training_steps
 
-# The rate's last share, pairs in a step of the restorer's training, and its rate.
-LAST_RATE, BATCH, RATE = 0.1, 16, 1e-3
-# One rehearsal in so many is held out.
-HELD_OUT = 4
-# The round of rehearsals: real ones count from 1.
-REHEARSED = 0
+# The rate's last share.
+LAST_RATE = 0.1
 
 
 class LowResolution(Pixels):
@@ -207,11 +209,11 @@ class ROG(TakesLabels):
         examples, told = found.examples.clone(), []
         for number, job in enumerate(jobs):
             mine = [(len(views) + i, one) for i, one in enumerate(made) if one.job == number]
-            restorer, receipt = trained(paired(found, mine), self.steps, knowledge, number)
+            network, receipt = restorer(paired(found, mine), self.steps, knowledge, number)
             told.append(f"{job.labels[0]} and {len(job.labels) - 1} more alike: {receipt}")
             rows = torch.isin(found.views, torch.tensor(job.indices))
-            if restorer is not None:
-                examples[rows] = restorer.cleaned(examples[rows].to(knowledge.device)).cpu()
+            if network is not None:
+                examples[rows] = corrected(network, examples[rows])
         return handed_over(replace(found, examples=examples), len(views), made, told)
 
     def _recipe(self, knowledge: Knowledge, rule: LabelRule) -> Recipe:
@@ -233,7 +235,7 @@ class ROG(TakesLabels):
 
     def _rehearsals(
         self, job: SameModel, number: int, size: int, knowledge: Knowledge
-    ) -> list["Rehearsal"]:
+    ) -> list[Rehearsal]:
         """Return surrogate batches of a job's size, with the updates that clients would send."""
         split, draw = knowledge.surrogate, knowledge.generator("rog", number)
         model = knowledge.model(job.first)
@@ -253,24 +255,10 @@ class ROG(TakesLabels):
                 name: obfuscated(update.detach().cpu(), observed[name].cpu(), self.noise, draw)
                 for name, update in zip(job.names, updates, strict=True)
             }
-            view = answer(job.first, moved, number * self.pairs + place)
+            back = sent_back(job.first, moved)
+            view = answer(job.first, back, number * self.pairs + place)
             made.append(Rehearsal(number, view, images.float(), labels, operator.evaluations))
         return made
-
-
-@dataclass(frozen=True)
-class Rehearsal:
-    """A surrogate batch and the view that a client with it would have made.
-
-    ``job`` is the place of the views that it is like; ``images`` ``[B, C, H, W]``, ``labels``
-    ``[B]``, sorted; ``evaluations`` is what its update took.
-    """
-
-    job: int
-    view: ServerView
-    images: Tensor
-    labels: Tensor
-    evaluations: int
 
 
 @dataclass(frozen=True)
@@ -317,86 +305,31 @@ def obfuscated(update: Tensor, observed: Tensor, noise: float, draw: torch.Gener
     return sparse + noise * torch.randn(sparse.shape, generator=draw) if noise else sparse
 
 
-def answer(view: ServerView, moved: Mapping[str, Tensor], number: int) -> ServerView:
-    """Return the view of a client that was sent the same and moved its parameters so."""
-    received = dict(view.received)
-    for name, update in moved.items():
-        back = update if view.kind == "gradient" else view.sent[name].cpu() - update
-        received[name] = back.to(received[name])
-    return replace(view, round=REHEARSED, senders=(number,), received=received)
+def sent_back(view: ServerView, moved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what a client that was sent the same and moved its parameters so would answer."""
+    if view.kind == "gradient":
+        return dict(moved)
+    return {name: view.sent[name].cpu() - update for name, update in moved.items()}
 
 
-def paired(
-    found: Reconstruction, made: Sequence[tuple[int, Rehearsal]]
-) -> list[tuple[Tensor, Tensor]]:
-    """Return what the first stage made of each rehearsal, and its images in the order that fits.
-
-    Both are ``[B, C, H, W]``; the order is the one-to-one matching of least squared error, of the
-    attacker's own images.  Rehearsals that were lost, or not reached before a stop, are left out.
-    """
-    pairs = []
-    for index, one in made:
-        shown = found.examples[found.views == index].float()
-        if not len(shown):
-            continue
-        errors = torch.cdist(shown.flatten(1), one.images.flatten(1)).square()
-        _, columns = linear_sum_assignment(errors.numpy())
-        pairs.append((shown, one.images[torch.from_numpy(columns)]))
-    return pairs
-
-
-def trained(
+def restorer(
     pairs: Sequence[tuple[Tensor, Tensor]], steps: int, knowledge: Knowledge, number: int
-) -> tuple[Denoiser | None, str]:
-    """Train a restorer on three quarters of the pairs, and say what it does to the rest.
+) -> tuple[nn.Module | None, str]:
+    """Train a restorer on the pairs, and say what it does to those held out.
 
     One whose training was ended by hand before it was of use is not handed over.
     """
-    if len(pairs) < HELD_OUT:
+    found = taught(
+        lambda: Denoiser(pairs[0][0].shape[1]),
+        pairs,
+        l1_loss,
+        steps,
+        knowledge,
+        what="restorer",
+        draw=knowledge.generator("rog restorer", number),
+    )
+    if found is None:
         return None, f"no restorer, only {len(pairs)} rehearsals were finished"
-    count, draw = len(pairs) // HELD_OUT, knowledge.generator("rog restorer", number)
-    shown, clean = (
-        torch.cat(side).to(knowledge.device) for side in zip(*pairs[count:], strict=True)
-    )
-    with seeded_globals(int(torch.randint(2**31, (), generator=draw))):
-        restorer = Denoiser(shown.shape[1]).to(knowledge.device)
-    optimizer = torch.optim.Adam(restorer.parameters(), lr=RATE)
-    cut: list[str] = []
-    for _ in training_steps(steps, "restorer", knowledge, cut):
-        rows = torch.randint(len(shown), (BATCH,), generator=draw).to(shown.device)
-        optimizer.zero_grad()
-        torch.autograd.backward(l1_loss(restorer(shown[rows]), clean[rows]))
-        optimizer.step()
-    given, wanted = (
-        torch.cat(side).to(knowledge.device) for side in zip(*pairs[:count], strict=True)
-    )
-    before, after = (
-        -10 * (images - wanted).square().flatten(1).mean(dim=1).clamp_min(1e-10).log10().mean()
-        for images in (given, restorer.cleaned(given))
-    )
-    told = f"restorer of {len(pairs) - count} rehearsals takes the {count} held out from "
-    told = "; ".join([f"{told}{before:.1f} to {after:.1f} dB", *cut])
-    if cut and after < before:
-        return None, f"{told}; it was left out"
-    return restorer.eval(), told
-
-
-def handed_over(
-    found: Reconstruction, views: int, made: Sequence[Rehearsal], told: Sequence[str]
-) -> Reconstruction:
-    """Return what was found of the first ``views`` views, and not of the rehearsals after them."""
-    rows = found.views < views
-    assert found.labels is not None
-    assert found.scores is not None
-    spent = found.cost.gradient_evaluations + sum(one.evaluations for one in made)
-    rehearsed = tuple(f"{one.view.label}:" for one in made)
-    receipts = [line for line in found.receipts if not line.startswith(rehearsed)]
-    return replace(
-        found,
-        examples=found.examples[rows],
-        views=found.views[rows],
-        labels=found.labels[rows],
-        scores=found.scores[rows],
-        cost=Cost(gradient_evaluations=spent),
-        receipts=(*told, *receipts),
-    )
+    if found.cut and found.after < found.before:
+        return None, f"{found.told}; it was left out"
+    return found.network, found.told
