@@ -11,10 +11,10 @@ from typing import Any
 
 import fedsim
 from fedsim import federation, registry, wanted
-from fedsim.attack import Attack, Paper
+from fedsim.attack import Paper
 from fedsim.data.partition import OURS, partitioners
 from fedsim.errors import ScenarioError
-from fedsim.threat import NAMES, least_model
+from fedsim.threat import NAMES, Capability, least_model
 
 # Kinds whose components are called with something of the range's own first.
 _GIVEN = {"model": 1}
@@ -146,7 +146,7 @@ def _explanation(kind: str, name: str, component: Callable[..., Any]) -> Iterato
         yield f"family     {family}"
     if kind == "attack":
         letter = _letter(component)
-        needs = ", ".join(sorted(need.value for need in component.needs))  # type: ignore[attr-defined]
+        needs = ", ".join(sorted(need.value for need in _needs(component)))
         yield f"threat     {letter} ({NAMES[letter]}); needs {needs}"
     yield from _parameters(registry.settable(component, _GIVEN.get(kind, 0)))
     if paper and paper.published:
@@ -180,13 +180,15 @@ def _parameters(
         yield f"{'' if index else 'parameters':10} {set_to:36} {meaning}".rstrip()
 
 
+def _needs(component: Any) -> frozenset[Capability]:
+    """Return what an attack's defaults ask for; where one has none, what every value does."""
+    incomplete = any(p.default is p.empty for p in registry.settable(component).values())
+    return frozenset(component.needs if incomplete else component().required)
+
+
 def _letter(component: Any) -> str:
     """Return the least threat model under which an attack's defaults run."""
-    needs = component.needs
-    if isinstance(needs, property):
-        attack: Attack = component()
-        needs = attack.needs
-    return least_model(frozenset(needs)) or "?"
+    return least_model(_needs(component)) or "?"
 
 
 def first_line(documented: object) -> str:

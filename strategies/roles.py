@@ -184,7 +184,7 @@ class Manipulator(Eavesdropper):
         return LazyArray(str(tensor.numpy().dtype), tuple(tensor.shape), load)
 
     def _selected(self, messages: list[Message], server_round: int, grid: Grid) -> list[Message]:
-        if Capability.SELECTION not in self.attack.needs:
+        if Capability.SELECTION not in self.attack.required:
             return messages
         available = [client_of(node) for node in grid.get_node_ids()]  # sybils have the last ids
         chosen = list(self.seal(self.attack.select, tuple(available), server_round))

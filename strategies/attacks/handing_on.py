@@ -8,7 +8,7 @@ from fedsim.threat import Capability
 
 
 class HandsOn(Attack):
-    """An attack whose parameter ``then`` is the expression of a passive one, which reads for it.
+    """An attack whose parameter ``then`` is the expression of another, which reads for it.
 
     What that one needs, asks for and refuses, so does this one; progress counts its units.  One
     with more to check calls these, and checks what is its own.
@@ -17,11 +17,15 @@ class HandsOn(Attack):
     then: str
 
     def __post_init__(self) -> None:
-        """Refuse a reader that does not exist (``ScenarioError``), or changes what clients get."""
-        if isinstance(self.inner, Active):
-            raise ValueError(f"then={self.then!r} must be passive: it reads what is there already")
+        """Refuse a reader that does not exist (``ScenarioError``), or cannot read for it."""
+        self.check_reader(self.inner)
         # A frozen dataclass has no other way.
         object.__setattr__(self, "unit", self.inner.unit)
+
+    def check_reader(self, inner: Attack) -> None:
+        """Refuse a reader that changes what clients get (``ValueError``)."""
+        if isinstance(inner, Active):
+            raise ValueError(f"then={self.then!r} must be passive: it reads what is there already")
 
     @property
     def inner(self) -> Attack:

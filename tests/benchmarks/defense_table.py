@@ -74,8 +74,8 @@ image a client. `imprint`: `robbing-the-fed` with 128 bins before a `convnet`, 8
 8 clients. `adaptive`: the attack that a defense names, the strongest that is built; of
 `label-smoothing` and `emulated-ppfl` that is one that does not know of it, and undefended the
 control of those that count on Laplace noise. On the federation of `matching` or `imprint` but for
-what it asks for (`adversary_setting`): four rounds, where draws of noise are averaged. Accuracy: ten
-rounds of 8 clients with 4,000 images, and the seconds and bytes sent up of these rounds. In
+what it asks for (`adversary_setting`): four rounds, where draws of noise are averaged. Accuracy:
+ten rounds of 8 clients with 4,000 images, and the seconds and bytes sent up of these rounds. In
 parentheses is what was changed where a defense does nothing, or refuses: three local steps, the
 network in train mode, 8 or 32 images a client. "nothing": every client refused or was turned away,
 or the attack returned nothing. One seed. Rows that are missing were not run. LPIPS is not computed:

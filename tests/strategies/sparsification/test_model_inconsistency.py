@@ -247,5 +247,5 @@ def test_what_cannot_work_is_refused_before_anybody_trains(
 
 
 def test_the_threat_model_is_that_of_the_stronger_part() -> None:
-    assert least_model(ModelInconsistency().needs) == "F"
-    assert least_model(ModelInconsistency(then="robbing-the-fed").needs) == "G"
+    assert least_model(ModelInconsistency().required) == "F"
+    assert least_model(ModelInconsistency(then="robbing-the-fed").required) == "G"

@@ -42,8 +42,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedsim import registry
-from fedsim.attack import Active, Attack, Paper, Reconstruction, Setting, ToyCase
+from fedsim.attack import Paper, Reconstruction, ToyCase
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
@@ -54,6 +53,7 @@ from strategies.attacks.analytic.closed_form.phase_retrieval import (
     signs_by_neighbors,
     span_of_weights,
 )
+from strategies.attacks.handing_on import HandsOn
 from strategies.attacks.labels.rule import biased_classifier, moved
 
 # So many mixtures more than the n - 1 that a column was computed from must be zero in it.
@@ -70,7 +70,7 @@ DRAWS, AT_ONCE, ATTEMPTS = 32_768, 2048, 8
 
 @register("attack", "unmixing")
 @dataclass(frozen=True, kw_only=True)
-class Unmixing(Attack):
+class Unmixing(HandsOn):
     """Read each client's mixtures with another attack, and solve for the images in them.
 
     Threat model C: it knows that clients mix, and how many.  Candidates are the originals, each for
@@ -140,30 +140,10 @@ class Unmixing(Attack):
     tolerance: Annotated[float, Field(gt=0, lt=0.1)] = 1e-3
     signs: bool = False
 
-    def __post_init__(self) -> None:
-        """Refuse an active reader; take on what a passive one needs."""
-        if isinstance(self.inner, Active):
-            raise ValueError(f"then= takes a passive attack; {self.inner.name} is active itself")
-        # A frozen dataclass has no other way.
-        mean = {Capability.BASICS} if self.signs else set()
-        object.__setattr__(self, "needs", type(self).needs | self.inner.required | mean)
-        object.__setattr__(self, "unit", self.inner.unit)
-
-    @property
-    def inner(self) -> Attack:
-        """The attack that reads the mixtures."""
-        attack: Attack = registry.build("attack", self.then, "attack: unmixing(then)")
-        return attack
-
     @property
     def law(self) -> "Law":
         """What is known of the weights."""
         return Law(self.k, self.cap, self.tolerance)
-
-    @property
-    def oracles(self) -> frozenset[str]:
-        """Those of the reader."""
-        return self.inner.oracles
 
     def check(self, model: nn.Module, kind: str) -> None:
         """Refuse local training, a last layer without a bias, and what ``then`` refuses."""
@@ -173,11 +153,7 @@ class Unmixing(Attack):
                 "of many; use federation.local = 'fedsgd(...)'"
             )
         biased_classifier(model)
-        self.inner.check(model, kind)
-
-    def check_setting(self, setting: Setting) -> None:
-        """Refuse what ``then`` refuses."""
-        self.inner.check_setting(setting)
+        super().check(model, kind)
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Return the originals of every client that could be un-mixed, and others' mixtures."""

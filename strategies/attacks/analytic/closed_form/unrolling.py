@@ -28,19 +28,18 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedsim import registry
 from fedsim.attack import (
     Attack,
     Manipulation,
     ModelToSend,
     Paper,
     Reconstruction,
-    Setting,
     ToyCase,
 )
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
+from strategies.attacks.handing_on import HandsOn
 
 # Relative to a twin: what three candidates leave of the equation is zero below this.
 ZERO = 1e-3
@@ -52,7 +51,7 @@ FEW, BEYOND = 0.01, 0.02
 
 @register("attack", "unrolling")
 @dataclass(frozen=True, kw_only=True)
-class Unrolling(Manipulation):
+class Unrolling(HandsOn, Manipulation):
     """Read twice as many images as a client counts, and solve for those behind them.
 
     Threat model F, or what ``then`` needs; it knows that clients use GIAnDe, and ``alpha``.  At
@@ -103,28 +102,13 @@ class Unrolling(Manipulation):
     then: str = "robbing-the-fed(units=256, clip=False)"
     alpha: Annotated[float, Field(gt=0, lt=1)] = 0.2
 
-    def __post_init__(self) -> None:
-        """Refuse a reader that sends nothing, or not to all the same; take on what it needs."""
-        inner = self.inner
+    def check_reader(self, inner: Attack) -> None:
+        """Refuse a reader that sends nothing, or not to all the same."""
         if not isinstance(inner, Manipulation) or type(inner).tailor is not Manipulation.tailor:
             raise ValueError(
                 "then= takes an active attack of which all clients get the same model; "
                 f"{inner.name} is not one"
             )
-        # A frozen dataclass has no other way.
-        object.__setattr__(self, "needs", type(self).needs | inner.required)
-        object.__setattr__(self, "unit", inner.unit)
-
-    @property
-    def inner(self) -> Attack:
-        """The attack that reads images."""
-        attack: Attack = registry.build("attack", self.then, "attack: unrolling(then)")
-        return attack
-
-    @property
-    def oracles(self) -> frozenset[str]:
-        """Those of the reader."""
-        return self.inner.oracles
 
     def check(self, model: nn.Module, kind: str) -> None:
         """Refuse local training, and what ``then`` refuses."""
@@ -133,11 +117,7 @@ class Unrolling(Manipulation):
                 "unrolling goes round the batch of a single step; use "
                 "federation.local = 'fedsgd(...)'"
             )
-        self.inner.check(model, kind)
-
-    def check_setting(self, setting: Setting) -> None:
-        """Refuse what ``then`` refuses."""
-        self.inner.check_setting(setting)
+        super().check(model, kind)
 
     def craft(
         self, expression: str, arrays: dict[str, Tensor], knowledge: Knowledge

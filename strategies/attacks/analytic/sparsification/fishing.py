@@ -39,6 +39,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedsim.attack import (
+    Attack,
     Manipulation,
     ModelToSend,
     Paper,
@@ -160,9 +161,13 @@ class Fishing(HandsOn, Manipulation):
                 "the roll call, and isolates single images"
             )
         super().__post_init__()
-        if self.inner.oracles:
+
+    def check_reader(self, inner: Attack) -> None:
+        """Refuse an active reader, and one that asks for an oracle."""
+        super().check_reader(inner)
+        if inner.oracles:
             raise ValueError(
-                f"{self.then} asks for the oracle {min(self.inner.oracles)!r}, which is of whole "
+                f"{self.then} asks for the oracle {min(inner.oracles)!r}, which is of whole "
                 "batches; here the label is known: leave it out"
             )
 

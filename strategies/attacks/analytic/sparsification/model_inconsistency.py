@@ -32,7 +32,6 @@ from pydantic import Field
 from torch import Tensor, nn
 from typing_extensions import TypeIs
 
-from fedsim import registry
 from fedsim.attack import (
     Active,
     Attack,
@@ -49,6 +48,7 @@ from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
 from strategies.attacks.analytic.sparsification import probing
+from strategies.attacks.handing_on import HandsOn
 from strategies.attacks.labels.rule import classifier
 from strategies.channels.secagg import SecAgg
 
@@ -61,7 +61,7 @@ MARGIN = 4.0
 
 @register("attack", "model-inconsistency")
 @dataclass(frozen=True, kw_only=True)
-class ModelInconsistency(Manipulation):
+class ModelInconsistency(HandsOn, Manipulation):
     """Take one client's update out of a securely aggregated sum, and attack it with another attack.
 
     Threat model F, with a model for each client; more where ``then`` needs more.  Adds no
@@ -137,7 +137,10 @@ class ModelInconsistency(Manipulation):
             raise ValueError(
                 f"depth={self.depth:g} is no power of two, and would round; write 64.0"
             )
-        inner = self.inner
+        super().__post_init__()
+
+    def check_reader(self, inner: Attack) -> None:
+        """Refuse a reader of which clients get models of their own, and one that asks an oracle."""
         tailors = type(inner).tailor is not Manipulation.tailor if _sends(inner) else False
         if tailors or (isinstance(inner, Active) and not _sends(inner)):
             raise ValueError(
@@ -149,15 +152,6 @@ class ModelInconsistency(Manipulation):
                 f"{self.then} asks for the oracle {min(inner.oracles)!r}, which is of the whole "
                 "sum; use another label rule"
             )
-        # A frozen dataclass has no other way.
-        object.__setattr__(self, "needs", type(self).needs | inner.required)
-        object.__setattr__(self, "unit", inner.unit)
-
-    @property
-    def inner(self) -> Attack:
-        """The attack on the target's update."""
-        attack: Attack = registry.build("attack", self.then, "attack: model-inconsistency(then)")
-        return attack
 
     def check(self, model: nn.Module, kind: str) -> None:
         """Refuse a model that cannot be suppressed, and what ``then`` refuses."""
@@ -183,7 +177,7 @@ class ModelInconsistency(Manipulation):
             marked_column(model, layer)
         elif not _sends(self.inner):
             layer.register_parameter("bias", None)  # to the inner attack it does not exist
-        self.inner.check(model, kind)
+        super().check(model, kind)
 
     def check_setting(self, setting: Setting) -> None:
         """Refuse absent targets, weight decay, and dead biases that SecAgg+ would clip."""
@@ -206,7 +200,7 @@ class ModelInconsistency(Manipulation):
                     f"examples, and the dead biases are {self.depth:g} deep; let depth be "
                     f"{2.0 ** floor(log2(widest / 2)):g}, or max_weight in the channel larger"
                 )
-        self.inner.check_setting(replace(setting, cohort=1))
+        super().check_setting(replace(setting, cohort=1))
 
     def target(self, server_round: int) -> int:
         """Return whose update a round is to give."""

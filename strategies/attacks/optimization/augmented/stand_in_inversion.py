@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, mse_loss
 
 from fedsim import registry
-from fedsim.attack import Active, Attack, Paper, Reconstruction, Setting, ToyCase
+from fedsim.attack import Attack, Paper, Reconstruction, Setting, ToyCase
 from fedsim.data import Split
 from fedsim.defense import ClientContext, Defense, Tensors, norm_bounds
 from fedsim.local import Local, LocalData
@@ -50,6 +50,7 @@ from fedsim.registry import Expression, register
 from fedsim.seeds import seeded_globals
 from fedsim.threat import Capability, Knowledge, TrainingDetails
 from fedsim.view import ServerView
+from strategies.attacks.handing_on import HandsOn
 from strategies.attacks.optimization.augmented.rehearsals import (
     HELD_OUT,
     Rehearsal,
@@ -67,7 +68,7 @@ WIDTH, WIDEST = 16, 256
 
 @register("attack", "stand-in-inversion")
 @dataclass(frozen=True, kw_only=True)
-class StandInInversion(Attack):
+class StandInInversion(HandsOn):
     """Threat model D: surrogate data, how clients train, and the defense without its secrets.
 
     Cost: that of ``then`` for each view and each rehearsal, the defense for each rehearsal, and
@@ -129,17 +130,15 @@ class StandInInversion(Attack):
     steps: Annotated[int, Field(ge=1)] = 400
 
     def __post_init__(self) -> None:
-        """Refuse a defense that does not exist, and a reader that is active or wants an oracle."""
+        """Refuse a defense that does not exist, and what cannot read for it."""
         _ = self.known
-        if isinstance(self.inner, Active):
-            raise ValueError(f"then={self.then!r} must be passive: it gets rehearsals beside views")
-        if self.inner.oracles:
-            raise ValueError(f"then={self.then!r} wants an oracle, and rehearsals have none")
+        super().__post_init__()
 
-    @property
-    def required(self) -> frozenset[Capability]:
-        """What it needs, and what ``then`` does."""
-        return self.needs | self.inner.required
+    def check_reader(self, inner: Attack) -> None:
+        """Refuse an active reader, and one that asks for an oracle."""
+        super().check_reader(inner)
+        if inner.oracles:
+            raise ValueError(f"then={self.then!r} wants an oracle, and rehearsals have none")
 
     @property
     def known(self) -> list[Defense]:
@@ -147,21 +146,15 @@ class StandInInversion(Attack):
         key = "attack: stand-in-inversion(defense)"
         return [registry.build("defense", one, key) for one in registry.parse(self.defense, key)]
 
-    @property
-    def inner(self) -> Attack:
-        """The attack that reads stand-ins."""
-        built: Attack = registry.build("attack", self.then, "attack: stand-in-inversion(then)")
-        return built
-
     def check(self, model: nn.Module, kind: str) -> None:
         """Refuse what ``then`` refuses, and a model on which the defense cannot act."""
-        self.inner.check(model, kind)
+        super().check(model, kind)
         for defense in self.known:
             defense.check(model, kind)
 
     def check_setting(self, setting: Setting) -> None:
         """Refuse what ``then`` or the defense refuses."""
-        self.inner.check_setting(setting)
+        super().check_setting(setting)
         for defense in self.known:
             defense.check_setting(setting)
 
