@@ -85,7 +85,7 @@ class GradDefense(Defense):
     )
     # Absolute distance: entries with noise are outliers among those without.
     adversary: ClassVar[str] = (
-        "bayes(iterations=200, tv=0.1, defense='laplace(scale=0.005)', rounds=True)"
+        "bayes(iterations=200, tv=0.4, defense='laplace(scale=0.005)', rounds=True)"
     )
     adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {"federation.rounds": 4}
 

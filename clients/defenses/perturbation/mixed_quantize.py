@@ -127,7 +127,7 @@ class MixedQuantize(Defense):
     )
     # Absolute distance: what is coarsely rounded are outliers.
     adversary: ClassVar[str] = (
-        "bayes(iterations=200, tv=0.1, defense='laplace(scale=0.005)', rounds=True)"
+        "bayes(iterations=200, tv=0.4, defense='laplace(scale=0.005)', rounds=True)"
     )
     adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {"federation.rounds": 4}
 

@@ -96,7 +96,7 @@ class Quantize(Defense):
     )
     # Absolute distance; an interval for each value was worse (docs/methods/bayes.md).
     adversary: ClassVar[str] = (
-        "bayes(iterations=200, tv=0.1, defense='laplace(scale=0.005)', rounds=True)"
+        "bayes(iterations=200, tv=0.4, defense='laplace(scale=0.005)', rounds=True)"
     )
     adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {"federation.rounds": 4}
 
