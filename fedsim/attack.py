@@ -139,6 +139,11 @@ class Attack(ABC):
         """Names of the oracle grants that these parameters ask for."""
         return frozenset()
 
+    @property
+    def joins_rounds(self) -> bool:
+        """Whether it takes the uploads of a client to be of the same examples every round."""
+        return False
+
     def check(self, model: nn.Module, kind: str) -> None:
         """Refuse a scenario on which this attack cannot work, before any client trains.
 

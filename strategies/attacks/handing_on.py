@@ -3,8 +3,17 @@
 from torch import nn
 
 from fedsim import registry
-from fedsim.attack import Active, Attack, Setting
+from fedsim.attack import Active, Attack, Manipulation, Setting
 from fedsim.threat import Capability
+
+
+def same_for_all(inner: Attack) -> bool:
+    """Say whether an attack sends all clients one model, and neither chooses nor adds clients."""
+    return (
+        isinstance(inner, Manipulation)
+        and type(inner).tailor is Manipulation.tailor
+        and Capability.SELECTION not in inner.required
+    )
 
 
 class HandsOn(Attack):

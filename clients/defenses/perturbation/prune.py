@@ -76,7 +76,7 @@ class Prune(Defense):
         high=40.0,
     )
     rank: ClassVar[Rank] = Rank.SPARSIFY
-    adversary: ClassVar[str] = "bayes(iterations=200, tv=0.04, defense='prune', rounds=True)"
+    adversary: ClassVar[str] = "bayes(iterations=200, tv=0.01, defense='prune', rounds=True)"
     adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {"federation.rounds": 4}
     strengths: ClassVar[tuple[str, ...]] = (
         "prune(ratio=0.5)",

@@ -102,6 +102,8 @@ def invert_rounds(
     recipe: Recipe,
     slopes: Combine = mean,
     costs: Combine = mean,
+    *,
+    one_prior: bool = False,
 ) -> Reconstruction:
     """Invert all updates of each sender together; candidates count for its first view.
 
@@ -111,6 +113,9 @@ def invert_rounds(
         As :func:`~.engine.invert` takes them.
     slopes, costs : callable
         Combine the slopes ``[R, T, n]``, and the distances and costs ``[R, T]``, of the rounds.
+    one_prior : bool
+        Whether priors are beside the sum over rounds, not beside each round: the mean then has
+        ``1 / R`` of them.
     """
     senders: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for index, view in enumerate(views):
@@ -123,7 +128,8 @@ def invert_rounds(
     )
     for groups in _together(groups for groups in of_senders if groups):
         first = replace(groups[0], labels=_agreed([group.labels for group in groups]))
-        matchings = [matching(group, recipe) for group in (first, *groups[1:])]
+        others = replace(recipe, priors=lambda _: ()) if one_prior else recipe
+        matchings = [matching(first, recipe), *(matching(group, others) for group in groups[1:])]
         for other in matchings[1:]:
             other.parametrization = matchings[0].parametrization
         problems = Rounds(matchings, slopes, costs)

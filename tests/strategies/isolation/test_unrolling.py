@@ -101,6 +101,8 @@ def test_without_twins_everything_is_left():
 def test_passive_readers_and_local_training_are_refused():
     with pytest.raises(ValueError, match="linear-inversion is not one"):
         Unrolling(then="linear-inversion")
+    with pytest.raises(ValueError, match="sybil-sa-dp is not one"):
+        Unrolling(then="sybil-sa-dp")
     with pytest.raises(ValueError, match=r"use federation\.local = 'fedsgd"):
         Unrolling().check(torch.nn.Linear(1, 1), "weights")
 

@@ -175,6 +175,19 @@ def test_all_rounds_of_a_client_are_one_problem_with_the_labels_of_most():
         Bayes(rounds=True).check_setting(setting)
 
 
+def test_what_a_client_gets_does_not_hang_on_how_often_another_answered():
+    client, counts = Honest("lenet", spec()), {}
+    own, other = (client.gradient(*batch(tiles(), 1, 0), client=who) for who in range(2))
+    often = [own, *(dataclasses.replace(other, round=number) for number in range(1, 4))]
+    counts = {view.label: 1 for view in often}
+    attack = Bayes(iterations=10, rounds=True, defense="gaussian(std=0.1)")
+    alone, beside = (
+        attack.reconstruct(views, client.knowledge("C", counts)).examples[0]
+        for views in ([own], often)
+    )
+    assert torch.equal(alone, beside)
+
+
 def test_a_layer_that_censor_left_at_zero_says_nothing():
     upload, at = normal(torch.empty(1, 12)), normal(torch.empty(1, 12), 1)
     upload[:, :4] = 0.0

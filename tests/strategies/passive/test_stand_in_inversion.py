@@ -41,7 +41,7 @@ def defended(
     for number in range(count):
         own = private.subset(torch.tensor([number]))
         view = client.gradient(*own.batch(torch.arange(1)), client=number)
-        views.append(replace(view, received=upload(known, view, own, number, secrets)))
+        views.append(replace(view, received=upload(known, view, own, number, secrets, rounds=1)))
     return private.batch(torch.arange(count))[0], views
 
 
@@ -64,7 +64,7 @@ def test_without_a_defense_a_rehearsal_is_what_an_honest_client_sends(kind: str)
     if kind == "weights":
         honest = client.weights(images, labels, lr, epochs=2)
         known = client.knowledge("D", 3, lr=lr, batch_size=3, surrogate=surrogate, epochs=2)
-    made = upload([], honest, own, 0, known)
+    made = upload([], honest, own, 0, known, rounds=1)
     assert made.keys() == honest.received.keys()
     assert all(torch.allclose(made[n], t, atol=1e-6) for n, t in honest.received.items())
 
@@ -76,7 +76,7 @@ def test_every_rehearsing_client_draws_secrets_of_its_own() -> None:
     known, digest = client.knowledge("D", surrogate=surrogate), registry.build(
         "defense", "digestnn", "test"
     )  # fmt: skip
-    one, again, other = (upload([digest], view, own, n, known) for n in (0, 0, 1))
+    one, again, other = (upload([digest], view, own, n, known, rounds=1) for n in (0, 0, 1))
     assert one.keys() == view.received.keys()  # what is private stays at home
     assert all(torch.equal(one[name], again[name]) for name in one)
     assert not torch.allclose(one["1.weight"], other["1.weight"])
@@ -171,6 +171,25 @@ def test_it_refuses_what_its_reader_refuses() -> None:
     with pytest.raises(ValueError, match="reads this model's pixels"):
         attack.check(client.model(), "gradient")
     details = TrainingDetails("gradient", 0.1, 1, 1, 0.0, 0.0)
-    setting = Setting(client.model(), 1, 1, (1,), details, "frozen", None)
+    plain = registry.build("channel", "plain", "test")
+    setting = Setting(client.model(), 1, 1, (1,), details, "frozen", plain)
     attack.check_setting(setting)
+    sums = registry.build("channel", "trusted-sum", "test")
+    with pytest.raises(ValueError, match="sums arrive"):
+        attack.check_setting(replace(setting, clients=2, cohort=2, examples=(1, 1), channel=sums))
+    mixing = StandInInversion(defense="mixup(k=2)", then=RATIO)
+    with pytest.raises(ValueError, match="of all that a client holds"):
+        mixing.check_setting(replace(setting, examples=(4,)))
     assert attack.required == attack.needs
+
+
+def test_to_a_reader_that_joins_rounds_rehearsing_clients_are_strangers() -> None:
+    private, surrogate, client = setup()
+    view = client.gradient(*private.batch(torch.arange(1)))
+    views = [replace(view, round=1), replace(view, round=2)]
+    attack = StandInInversion(
+        defense="clip", then="temporal-robust(iterations=2)", pairs=8, steps=1
+    )
+    found = attack.reconstruct(views, knows(client, views, surrogate))
+    assert [line for line in found.receipts if "client-0 and 1 more: 1 restart" in line]
+    assert [line for line in found.receipts if "of 6 rehearsals takes the 2 held out" in line]

@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from clients.defenses.learning.mixing import drawn_weights, with_partners
+from fedsim.attack import Setting
 from fedsim.engines.inline import run_inline
+from fedsim.threat import TrainingDetails
 from strategies.attacks.analytic.closed_form.unmixing import (
     Law,
     Unmixed,
@@ -141,6 +143,10 @@ def test_active_readers_and_local_training_are_refused():
         Unmixing(then="robbing-the-fed")
     with pytest.raises(ValueError, match=r"use federation\.local = 'fedsgd"):
         Unmixing().check(torch.nn.Linear(1, 1), "weights")
+    training = TrainingDetails("gradient", 0.1, 2, 1, 0.0, 0.0)
+    setting = Setting(torch.nn.Linear(1, 1), 1, 9, (8,), training, "frozen", channel=None)
+    with pytest.raises(ValueError, match="gradients of 2; use"):
+        Unmixing().check_setting(setting)
 
 
 @pytest.mark.slow

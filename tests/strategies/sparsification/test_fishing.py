@@ -249,6 +249,8 @@ def test_images_that_are_all_alike_end_the_search() -> None:
     [
         ("fishing(then='fishing')", "passive"),
         ("fishing(then='robbing-the-fed')", "passive"),
+        ("fishing(then='temporal-robust')", "single uploads"),
+        ("fishing(then='bayes(rounds=True)')", "single uploads"),
         ("fishing(then=\"inverting-gradients(labels='oracle')\")", "leave it out"),
         ("fishing(then='no-such')", "no attack has this name"),
         ("fishing(by='feature', target=3)", "class fishing's"),

@@ -200,6 +200,7 @@ def test_a_manipulation_is_the_target_s_payload(tmp_path: Path) -> None:
         ("model-inconsistency(depth=50.0)", "power of two"),
         ("model-inconsistency(then='model-inconsistency')", "the same model"),
         ("model-inconsistency(then='fishing')", "the same model"),
+        ("model-inconsistency(then='sybil-sa-dp')", "leaves it open who they are"),
         ("model-inconsistency(then='dlg(')", "then"),
         ("model-inconsistency(then=\"inverting-gradients(labels='oracle')\")", "whole sum"),
     ],

@@ -42,7 +42,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedsim.attack import Paper, Reconstruction, ToyCase
+from fedsim.attack import Paper, Reconstruction, Setting, ToyCase
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
@@ -154,6 +154,15 @@ class Unmixing(HandsOn):
             )
         biased_classifier(model)
         super().check(model, kind)
+
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse batches, of which no mixture is read alone, and what ``then`` refuses."""
+        if setting.uploads[-1] > 1:
+            raise ValueError(
+                f"unmixing wants single mixtures, and clients upload gradients of "
+                f"{setting.uploads[-1]}; use federation.local = 'fedsgd(batch_size=1, ...)'"
+            )
+        super().check_setting(setting)
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Return the originals of every client that could be un-mixed, and others' mixtures."""

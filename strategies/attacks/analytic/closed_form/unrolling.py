@@ -39,7 +39,7 @@ from fedsim.attack import (
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
-from strategies.attacks.handing_on import HandsOn
+from strategies.attacks.handing_on import HandsOn, same_for_all
 
 # Relative to a twin: what three candidates leave of the equation is zero below this.
 ZERO = 1e-3
@@ -104,10 +104,10 @@ class Unrolling(HandsOn, Manipulation):
 
     def check_reader(self, inner: Attack) -> None:
         """Refuse a reader that sends nothing, or not to all the same."""
-        if not isinstance(inner, Manipulation) or type(inner).tailor is not Manipulation.tailor:
+        if not same_for_all(inner):
             raise ValueError(
-                "then= takes an active attack of which all clients get the same model; "
-                f"{inner.name} is not one"
+                "then= takes an active attack of which all clients get the same model, and which "
+                f"leaves it open who they are; {inner.name} is not one"
             )
 
     def check(self, model: nn.Module, kind: str) -> None:

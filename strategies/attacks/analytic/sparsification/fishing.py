@@ -163,8 +163,13 @@ class Fishing(HandsOn, Manipulation):
         super().__post_init__()
 
     def check_reader(self, inner: Attack) -> None:
-        """Refuse an active reader, and one that asks for an oracle."""
+        """Refuse an active reader, one that joins rounds, and one that asks for an oracle."""
         super().check_reader(inner)
+        if inner.joins_rounds:
+            raise ValueError(
+                f"{self.then} takes a client's uploads to be of the same images, and what is "
+                "isolated is of others every round; use an attack on single uploads"
+            )
         if inner.oracles:
             raise ValueError(
                 f"{self.then} asks for the oracle {min(inner.oracles)!r}, which is of whole "

@@ -48,7 +48,7 @@ from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
 from strategies.attacks.analytic.sparsification import probing
-from strategies.attacks.handing_on import HandsOn
+from strategies.attacks.handing_on import HandsOn, same_for_all
 from strategies.attacks.labels.rule import classifier
 from strategies.channels.secagg import SecAgg
 
@@ -141,11 +141,10 @@ class ModelInconsistency(HandsOn, Manipulation):
 
     def check_reader(self, inner: Attack) -> None:
         """Refuse a reader of which clients get models of their own, and one that asks an oracle."""
-        tailors = type(inner).tailor is not Manipulation.tailor if _sends(inner) else False
-        if tailors or (isinstance(inner, Active) and not _sends(inner)):
+        if isinstance(inner, Active) and not same_for_all(inner):
             raise ValueError(
-                f"then= takes an attack of which all clients get the same model; {inner.name} is "
-                "not one"
+                "then= takes an attack of which all clients get the same model, and which leaves "
+                f"it open who they are; {inner.name} is not one"
             )
         if inner.oracles:
             raise ValueError(

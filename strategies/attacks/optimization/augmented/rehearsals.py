@@ -49,7 +49,13 @@ class Rehearsal:
 def answer(view: ServerView, received: Mapping[str, Tensor], number: int) -> ServerView:
     """Return the view of a rehearsing client that was sent the same and sent this back."""
     back = {name: tensor.to(view.received[name]) for name, tensor in received.items()}
-    return replace(view, round=REHEARSED, senders=(number,), received={**view.received, **back})
+    return replace(
+        view,
+        round=REHEARSED,
+        senders=(number,),
+        received={**view.received, **back},
+        metrics={},
+    )
 
 
 def paired(

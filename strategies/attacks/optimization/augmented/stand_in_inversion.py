@@ -153,10 +153,21 @@ class StandInInversion(HandsOn):
             defense.check(model, kind)
 
     def check_setting(self, setting: Setting) -> None:
-        """Refuse what ``then`` or the defense refuses."""
+        """Refuse sums, defenses that draw on all examples, and what others refuse."""
         super().check_setting(setting)
+        if setting.channel.aggregates:
+            raise ValueError(
+                f"it rehearses single clients, and behind {setting.channel.name} sums arrive; use "
+                "channel = 'plain'"
+            )
+        part = setting.uploads != sorted(setting.examples)
         for defense in self.known:
             defense.check_setting(setting)
+            if part and type(defense).sampler is not Defense.sampler:
+                raise ValueError(
+                    f"it rehearses batches, and {defense.name} draws them of all that a client "
+                    "holds; let batch_size be as much, or use federation.local = 'fedavg(...)'"
+                )
 
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
         """Return what ``then`` makes of the views, corrected."""
@@ -166,8 +177,12 @@ class StandInInversion(HandsOn):
             part for same in by_model(views, knowledge, receipts) for part in same.split(counts)
         ]
         made: list[Rehearsal] = []
+        first = 1 + max(max(view.senders) for view in views)
+        rounds = max(view.round for view in views)
         for number, job in enumerate(jobs):
-            made += self._rehearsals(job, number, counts[job.indices[0]], knowledge)
+            size = counts[job.indices[0]]
+            stranger = first + len(made)
+            made += self._rehearsals(job, number, size, knowledge, rounds=rounds, stranger=stranger)
         sizes = dict(zip((view.label for view in views), counts, strict=True))
         sizes |= {one.view.label: len(one.images) for one in made}
         # All in one search, so that one checkpoint holds all of it.
@@ -184,9 +199,19 @@ class StandInInversion(HandsOn):
         return handed_over(replace(found, examples=examples), len(views), made, receipts)
 
     def _rehearsals(
-        self, job: SameModel, number: int, size: int, knowledge: Knowledge
+        self,
+        job: SameModel,
+        number: int,
+        size: int,
+        knowledge: Knowledge,
+        *,
+        rounds: int,
+        stranger: int,
     ) -> list[Rehearsal]:
-        """Return surrogate clients' batches of a job's size, with what they would send."""
+        """Return surrogate clients' batches of a job's size, with what they would send.
+
+        Of ``rounds`` in all, by clients ``stranger`` and up, whom no view is of.
+        """
         split, draw = knowledge.surrogate, knowledge.generator("stand-in rehearsals", number)
         order = torch.randperm(len(split), generator=draw)
         count, made = min(self.pairs, len(split) // size), list[Rehearsal]()
@@ -194,9 +219,9 @@ class StandInInversion(HandsOn):
             if knowledge.stopping:
                 break
             knowledge.progress(place, count, "rehearsing as clients")
+            client = stranger + place
             own = split.subset(order[place * size : (place + 1) * size])
-            client = number * self.pairs + place
-            back = upload(self.known, job.first, own, client, knowledge)
+            back = upload(self.known, job.first, own, client, knowledge, rounds=rounds)
             images, labels = own.batch(torch.arange(size))
             view = answer(job.first, back, client)
             made.append(Rehearsal(number, view, images, labels, 1))
@@ -223,18 +248,25 @@ class StandInInversion(HandsOn):
 
 
 def upload(
-    defenses: Sequence[Defense], view: ServerView, own: Split, client: int, knowledge: Knowledge
+    defenses: Sequence[Defense],
+    view: ServerView,
+    own: Split,
+    client: int,
+    knowledge: Knowledge,
+    *,
+    rounds: int,
 ) -> Tensors:
     """Return what a client with these examples would send back, by name, on the CPU.
 
-    It does with the model of ``view`` what clients do; its secrets are the attacker's own draws.
+    It does with the model of ``view`` what clients do in a run of ``rounds``; its secrets are the
+    attacker's own draws.
     """
 
     def draw(*names: object) -> torch.Generator:
         return knowledge.generator("rehearsing client", client, *names)
 
     model, local = knowledge.model(view), local_rule(knowledge.training)
-    plan = replace(local.plan(len(own), 1), tensors=trained_tensors(model))
+    plan = replace(local.plan(len(own), rounds), tensors=trained_tensors(model))
     ctx = ClientContext(
         client=client,
         round=view.round,
@@ -252,7 +284,9 @@ def upload(
     data = LocalData(own, knowledge.device, next(model.parameters()).dtype)
     with seeded_globals(draw("training")):
         trained = local.train(model, data, defenses, ctx)
-    return {name: tensor.detach().cpu() for name, tensor in trained.upload.items()}
+    statistics = {n: t for n, t in model.state_dict().items() if n in view.received}
+    sent = {**statistics, **trained.upload}
+    return {name: tensor.detach().cpu() for name, tensor in sent.items()}
 
 
 def local_rule(details: TrainingDetails) -> Local:

@@ -119,6 +119,11 @@ class TemporalRobust(TakesLabels):
     lr: Annotated[float, Field(gt=0)] = 0.1
     labels: str = "analytic"
 
+    @property
+    def joins_rounds(self) -> bool:
+        """It does."""
+        return True
+
     def check(self, model: nn.Module, kind: str) -> None:
         """Refuse a model that the label rule cannot read, and updates whose scale is unknown."""
         if self.distance == "squared" and kind != "gradient":

@@ -102,6 +102,11 @@ class ApproximateGradientInversion(TakesLabels):
     last: Annotated[float, Field(gt=0)] = 2.0
     labels: str = "fedavg-counts"
 
+    @property
+    def joins_rounds(self) -> bool:
+        """It does."""
+        return True
+
     def check_setting(self, setting: Setting) -> None:
         """Refuse clients that draw another batch every round."""
         super().check_setting(setting)

@@ -22,7 +22,6 @@ Balunovic, Dimitrov, Staab and Vechev, ICLR 2022, Sec. 4 and 5: earlier attacks 
 noise that the defense does not have.  Adam, with a rate that falls exponentially.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Self
@@ -86,7 +85,8 @@ class Bayes(TakesLabels):
         Whether Adam sees the sign of the slope only.
     rounds : bool
         Whether to explain all uploads of a client by the same images, with the labels that most
-        rounds give.
+        rounds give.  Under noise of a known size there is one prior beside all of them: ``tv``
+        counts once, and of R rounds the mean has ``tv / R``.
     labels : str
         Label rule expression.
     """
@@ -139,6 +139,11 @@ class Bayes(TakesLabels):
         """What the defense makes of a gradient."""
         return Likelihood.of(self.defense)
 
+    @property
+    def joins_rounds(self) -> bool:
+        """Where ``rounds`` says so."""
+        return self.rounds
+
     def check(self, model: nn.Module, kind: str) -> None:
         """Refuse weights, and a model that the label rule cannot read."""
         if kind == "weights":
@@ -158,8 +163,6 @@ class Bayes(TakesLabels):
         """Return as many images for each view, or client, as it has examples."""
         if self.defense != "none":
             knowledge.require(Capability.DETAILS)
-        uploads = max(Counter(view.senders for view in views).values()) if self.rounds else 1
-        tv = self.tv / uploads  # the engine takes the mean over rounds
         recipe = Recipe(
             batch_size=knowledge.num_examples,
             labels=self.rule,
@@ -167,12 +170,15 @@ class Bayes(TakesLabels):
                 group.spec, group.known_labels, group.observed.dtype, boxed=True
             ),
             objective=lambda group: self.likelihood.objective(group.observed, group.sizes),
-            priors=lambda group: [TotalVariation(tv, group.spec.std)] if tv else [],
+            priors=lambda group: [TotalVariation(self.tv, group.spec.std)] if self.tv else [],
             optimizer=lambda _: Adam(self.lr, signed=self.signed, schedule=exponential(self.last)),
             iterations=self.iterations,
             restarts=self.restarts,
         )
-        return (invert_rounds if self.rounds else invert)(views, knowledge, recipe)
+        if not self.rounds:
+            return invert(views, knowledge, recipe)
+        scaled = self.likelihood.noise != "none"
+        return invert_rounds(views, knowledge, recipe, one_prior=scaled)
 
 
 @dataclass(frozen=True)
