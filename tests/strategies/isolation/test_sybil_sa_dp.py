@@ -71,7 +71,7 @@ def decibels(got: torch.Tensor, truth: torch.Tensor) -> float:
     return float(-10 * (right * got - truth).square().mean().log10())
 
 
-@pytest.mark.parametrize("cohort", [2, 8, 32])
+@pytest.mark.parametrize("cohort", [2, 8, pytest.param(32, marks=pytest.mark.slow)])
 def test_without_noise_the_sum_is_the_targets_own_image(cohort: int, tmp_path: Path) -> None:
     ran = hunted(tmp_path, cohort, 0.0, **{"channel": "secagg(max_weight=1)"})
     (one,) = caught(ran)

@@ -229,7 +229,7 @@ class FedAvgLeakage(TakesLabels):
     toy = ToyCase(
         scenario={
             "threat-model": "C",
-            "attack": "fedavg-leakage(iterations=300, lr=0.2, tv=1e-5, order=0.5)",
+            "attack": "fedavg-leakage(iterations=200, lr=0.2, tv=1e-5, order=0.5)",
             "data.dataset": "digits",
             "data.partition": "size(partition_sizes=[3, 3])",
             "model.name": "convnet(stride=2)",
