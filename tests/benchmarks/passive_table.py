@@ -379,7 +379,7 @@ example, and refuse more. [`gradvit`](gradvit.md), [`hf-gradinv`](hf-gradinv.md)
 
 One command: `{command}`. Rows are of several commits: cells are kept, and run again where an
 attack changes. Those that are missing were not run: of `resnet20` all batches above one, and
-`resnet18`, of which an iteration of 20 images took 16 s of these two cores.
+`resnet18`, of which an iteration of 20 images took 16 s beside other work.
 """
 
 
