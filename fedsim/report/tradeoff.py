@@ -9,7 +9,12 @@ Point = tuple[float, float, str]
 IN_A_COLUMN = 30  # names that the legend's column holds
 
 
-def tradeoff_figure(series: Mapping[str, Sequence[Point]], path: Path, title: str) -> Path:
+def tradeoff_figure(
+    series: Mapping[str, Sequence[Point]],
+    path: Path,
+    title: str,
+    hollow: Mapping[str, Point] | None = None,
+) -> Path:
     """Draw one line for each series, weakest point first, and write a PNG.
 
     Parameters
@@ -20,6 +25,8 @@ def tradeoff_figure(series: Mapping[str, Sequence[Point]], path: Path, title: st
         Of the PNG.
     title : str
         What the runs have in common.
+    hollow : mapping of str to Point, optional
+        Of series, one more point, which no line joins.
     """
     from matplotlib.figure import Figure  # slow to import, and only needed here
 
@@ -30,6 +37,9 @@ def tradeoff_figure(series: Mapping[str, Sequence[Point]], path: Path, title: st
         leaks, accuracies, words = zip(*points, strict=True)
         style = f"C{place % 10}{markers[place % len(markers)]}-"
         axes.plot(leaks, accuracies, style, label=name, linewidth=1, markersize=5, alpha=0.85)
+        if hollow and name in hollow:
+            leak, accuracy, _ = hollow[name]
+            axes.plot(leak, accuracy, style[:-1], fillstyle="none", markersize=9)
         for leak, accuracy, word in zip(leaks, accuracies, words, strict=True):
             if word:
                 axes.annotate(word, (leak, accuracy), fontsize=6, xytext=(3, 3),

@@ -39,6 +39,13 @@ class Row:
 NOTHING = Row(
     "none", "none", adversary="bayes(iterations=200, tv=0.1, defense='laplace(scale=0.005)')"
 )
+#: What error feedback brings late, an observer of many rounds collects.
+FEEDBACK = Row(
+    "prune",
+    "prune(ratio=0.9, feedback=True)",
+    adversary="accumulation(then=\"bayes(iterations=200, tv=0.01, defense='prune')\")",
+    asked={"federation.rounds": 16},
+)
 #: Mixtures with pruning on top, as Huang et al. (2021) combine them.
 COMBINATIONS = tuple(
     Row(f"{mixture} | prune", f"{mixture}(k={k}) | prune(ratio=0.9)")
@@ -54,7 +61,7 @@ NO_CANDIDATE, TURNED_AWAY, UNCHANGED = (
 
 
 def rows(*, every_strength: bool = False) -> Iterator[Row]:
-    """Yield nothing at all, then each defense that is no detector, each channel, combinations.
+    """Yield nothing at all, each defense that is no detector, each channel, and what is combined.
 
     A defense with strengths stands there with all of them, or with the middle one.
     """
@@ -68,6 +75,7 @@ def rows(*, every_strength: bool = False) -> Iterator[Row]:
             chosen = strengths if every_strength else strengths[len(strengths) // 2 :][:1]
             told = kind == "channel", made.adversary, made.adversary_setting
             yield from (Row(name, strength, *told) for strength in chosen)
+    yield FEEDBACK
     yield from COMBINATIONS
 
 

@@ -20,7 +20,8 @@ from cifar_images import cifar
 from defense_rows import NotRunError, Row, against, measured, rows
 
 COMMAND = "FEDSIM_TEST_DATA=... python tests/benchmarks/defense_table.py"
-ONE_EACH = {"federation.clients": 64, "federation.local": "fedsgd(batch_size=1, lr=0.1)"}
+IMAGES = 64
+ONE_EACH = {"federation.clients": IMAGES, "federation.local": "fedsgd(batch_size=1, lr=0.1)"}
 #: Attack and federation of each group of columns.
 ATTACKS: dict[str, dict[str, Any]] = {
     "ratio": {
@@ -67,20 +68,23 @@ TRAINING = {
 }
 HEAD = """# Every defense against its attackers
 
-The same 64 CIFAR-10 images for all (training images 0, 100 ... 6300); a cell is leaked images of 64
-at PSNR 20 dB, mean PSNR in dB, mean SSIM, and labels rightly named. `ratio`: `linear-inversion` on
-an `mlp`, one image a client. `matching`: `inverting-gradients`, 200 iterations, on a `convnet`, one
-image a client. `imprint`: `robbing-the-fed` with 128 bins before a `convnet`, 8 images from each of
-8 clients. `adaptive`: the attack that a defense names, the strongest that is built; of
-`label-smoothing` and `emulated-ppfl` that is one that does not know of it, and undefended the
-control of those that count on Laplace noise. On the federation of `matching` or `imprint` but for
-what it asks for (`adversary_setting`): four rounds, where draws of noise are averaged. Accuracy:
-ten rounds of 8 clients with 4,000 images, and the seconds and bytes sent up of these rounds. In
-parentheses is what was changed where a defense does nothing, or refuses: three local steps, the
-network in train mode, 8 or 32 images a client. "nothing": every client refused or was turned away,
-or the attack returned nothing. One seed. Rows that are missing were not run. LPIPS is not computed:
-its weights were not at hand. Seconds are of a machine that did other things too; [what a defended
-round costs](defenses-overhead.md) was measured in turns.
+The same 64 CIFAR-10 images for all (training images 0, 100 ... 6300); a cell is leaked images at
+PSNR 20 dB, mean PSNR in dB, mean SSIM, and labels rightly named. Leaked images are of 64, or of as
+many as clients trained on, where that is told. `ratio`: `linear-inversion` on an `mlp`, one image a
+client. `matching`: `inverting-gradients`, 200 iterations, on a `convnet`, one image a client.
+`imprint`: `robbing-the-fed` with 128 bins before a `convnet`, 8 images from each of 8 clients.
+`adaptive`: the attack that the defense names, the strongest found among those that know of it; of
+`label-smoothing` and `emulated-ppfl` that is one that does not, and undefended the control of those
+that count on Laplace noise. It works on the federation of `matching` or `imprint` but for what it
+asks for (`adversary_setting`: more rounds, in which noise is averaged or what was kept back comes).
+A defense is worth what its worst column says: each is another federation, and one that knows of the
+defense need not be the strongest there is. Accuracy: ten rounds of 8 clients with 4,000 images, and
+the seconds and bytes sent up of these rounds. In parentheses is what was changed where a defense
+does nothing, or refuses: three local steps, the network in train mode, 8 or 32 images a client.
+"nothing": every client refused or was turned away, or the attack returned nothing. One seed. Rows
+that are missing were not run. LPIPS is not computed: its weights were not at hand. Seconds are of a
+machine that did other things too; [what a defended round costs](defenses-overhead.md) was measured
+in turns.
 
 One command: `{command}`.
 
@@ -139,7 +143,9 @@ def told(flat: dict[str, Any], out: Path, *, finished: bool) -> str:
         return "nothing" + note
     labels = leak["label_accuracy"]
     right = "" if labels is None else f", {labels:.2f}"
-    figures = f"{leak['leaked']}, {leak['psnr']['mean']:.1f}, {leak['ssim']['mean']:.2f}"
+    private = leak["private_examples"]
+    of = "" if private == IMAGES else f" of {private}"
+    figures = f"{leak['leaked']}{of}, {leak['psnr']['mean']:.1f}, {leak['ssim']['mean']:.2f}"
     return figures + right + note
 
 

@@ -4,11 +4,11 @@
         [--partitions iid dirichlet] [--attacks ratio imprint] [--only NAME ...] [--finished]
         [--out runs/defenses] [--page docs/methods/defenses-utility.md]
 
-Accuracy is of a federation that only trains.  The leak rate is that of the strongest attack that is
-known, on 64 images of the same data: ``--attacks`` are run; at the middle strength, on CIFAR-10,
-all columns of ``defense_table.py`` are, the attack that the defense names too; what is finished of
-others counts.  Each data set and partition gives a figure (PNG, beside the page).  Finished cells
-are kept in ``--out``, and shared with the table; ``--finished`` draws the rows that have those of
+Accuracy is of a federation that only trains.  Leak rates are of the attacks of
+``defense_table.py``, on 64 images of the same data: ``--attacks`` are run against each strength; at
+the middle strength, all are, the attack that the defense names too; what is finished of others is
+drawn. Each data set and partition gives a figure (PNG, beside the page).  Finished cells are kept
+in ``--out``, and shared with the table; ``--finished`` draws the rows that have those of
 ``--attacks`` and runs nothing; ``--only`` runs rows of some names, and draws what is finished of
 the others too.
 """
@@ -16,16 +16,19 @@ the others too.
 import argparse
 import logging
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cifar_images import cifar
 from defense_rows import NotRunError, Row, rows
-from defense_table import ATTACKS, TRAINING, named, trained, varied
+from defense_table import ATTACKS, IMAGES, TRAINING, named, trained, varied
 
 from fedsim.report.tradeoff import Point, tradeoff_figure
 
 COMMAND = "FEDSIM_TEST_DATA=... python tests/benchmarks/defense_utility.py"
+ADAPTIVE = "adaptive"
 # Even parts are the default: told by nothing, so that cells are those of the table.
 PARTITIONS: dict[str, dict[str, str]] = {
     "iid": {},
@@ -39,30 +42,34 @@ DIGITS = {
 }
 HEAD = """# What defenses cost in accuracy, and what they buy
 
-Each defense at three strengths (weakest first) where it has a strength. Leak rate: the share of 64
-images that the strongest of the attacks under "of" returned at PSNR 20 dB or better, and by which;
-settings: [defenses.md](defenses.md). {attacks} are against each strength; `matching`, and
-`adaptive`, the attack that the defense names, which is of the middle strength, are against that,
-and where they have been run. In parentheses is the federation that the leak is of, where a defense
-needs another than one image a client (`imprint`: 8): three local steps, the network in train mode,
-8 or 32 images a client. Accuracy is of the server's model, as it stands there: clients of
-`digestnn`, `pefl(private=True)`, `spn` and `fedkl` use it with a part of their own, which is not
-measured. 8 clients, examples dealt out {partitions} (Dirichlet's alpha is 0.5); `digits`: five
-rounds of one local epoch in batches of 8 at rate 0.1; `cifar10`: 4,000 images, ten rounds of one
-local epoch in batches of 32 at rate 0.05. "refused" under accuracy: the defense cannot be put in
-place, or changes nothing there. One seed. What is missing was not run.
+Each defense at three strengths (weakest first) where it has a strength. Leak rate of each attack:
+the share of the clients' 64 images, or of as many as they trained on where that is told, that it
+returned at PSNR 20 dB or better; settings: [defenses.md](defenses.md). {attacks} are against each
+strength; `matching`, and `adaptive`, the attack that the defense names, are against the middle one,
+and where they have been run: strengths compare by column, and a defense is worth what its worst
+column says. In parentheses is the federation that the leak is of, where a defense needs another
+than one image a client (`imprint`: 8): three local steps, the network in train mode, 8 or 32 images
+a client. "nothing": every client refused or was turned away, or the attack returned nothing.
+Accuracy is of the server's model, as it stands there: clients of `digestnn`,
+`pefl(private=True)`, `spn` and `fedkl` use it with a part of their own, which is not measured. 8
+clients, examples dealt out {partitions} (Dirichlet's alpha is 0.5); `digits`: five rounds of one
+local epoch in batches of 8 at rate 0.1; `cifar10`: 4,000 images, ten rounds of one local epoch in
+batches of 32 at rate 0.05. "refused" under accuracy: the defense cannot be put in place, or changes
+nothing there. One seed. What is missing was not run.
+
+Figures: lines join the strengths of a defense at the highest leak rate of {attacks}; a hollow point
+is the middle strength's of all attacks.
 
 One command: `{command}`.
 """
 
 
 @dataclass(frozen=True)
-class Leaks:
-    """The highest leak rate, which attack's in which federation, and of which attacks."""
+class Leak:
+    """What one attack got: its leak rate, or None where there is none, and how that is told."""
 
-    rate: float
-    by: str
-    of: tuple[str, ...]
+    rate: float | None
+    told: str
 
 
 @dataclass(frozen=True)
@@ -74,8 +81,14 @@ class Cells:
     finished: bool
     only: list[str] | None
 
-    def leak(self, row: Row, data: str) -> Leaks | None:
-        """Return the highest leak rate that is known; None where no attack could be run."""
+    def leaks(self, row: Row, data: str) -> dict[str, Leak]:
+        """Return what each attack that was run got.
+
+        Raises
+        ------
+        NotRunError
+            If one of ``attacks`` was not run, and is not to be run now.
+        """
         small = "digits"
         if data == "cifar10":
             small = cifar(self.out, range(0, 6400, 100), "sixty-four")
@@ -85,24 +98,17 @@ class Cells:
             for title, keys in ATTACKS.items()
         }
         if middle and row.adversary:
-            scenarios["adaptive"] = named(row, small)
-        found: dict[str, tuple[float, str]] = {}
+            scenarios[ADAPTIVE] = named(row, small)
+        found: dict[str, Leak] = {}
         for title, flat in scenarios.items():
             wanted = title in self.attacks
-            run = self.runs(row) and (wanted or (middle and data == "cifar10"))
+            run = self.runs(row) and (wanted or middle)
             try:
-                report, note = varied(flat, self.out, COMMAND, finished=not run)
+                found[title] = told(*varied(flat, self.out, COMMAND, finished=not run))
             except NotRunError:
                 if wanted:
                     raise
-                continue
-            if "refused" not in report:
-                rate = report["leak"]["leak_rate"] if report["leak"] else 0.0
-                found[title] = rate, title + note
-        if not found:
-            return None
-        rate, by = max(found.values(), key=lambda one: one[0])
-        return Leaks(rate, by if rate else "", tuple(found))
+        return found
 
     def runs(self, row: Row) -> bool:
         """Say whether a row's cells may be run."""
@@ -124,34 +130,55 @@ class Cells:
         return f"{report['federation']['accuracy']['after']:.3f}"
 
 
+def told(report: dict[str, Any], note: str) -> Leak:
+    """Return a report's leak rate, and in which federation that is."""
+    if "refused" in report:
+        return Leak(None, "refused")
+    leak = report["leak"]
+    if not leak:
+        return Leak(None, "nothing" + note)
+    of = "" if leak["private_examples"] == IMAGES else f" of {leak['private_examples']}"
+    return Leak(leak["leak_rate"], f"{leak['leak_rate']:.2f}{of}{note}")
+
+
 def section(cells: Cells, data: str, partitions: list[str], page: Path) -> str:
     """Return the table of one data set, and draw its figures beside the page."""
-    after = " | ".join(f"accuracy, {name}" for name in partitions)
-    lines = [f"| defense | leak rate | by | of | {after} |"]
-    lines.append("|" + " --- |" * (4 + len(partitions)))
+    attacks = [*ATTACKS, ADAPTIVE]
+    after = [f"accuracy, {name}" for name in partitions]
+    lines = [f"| defense | {' | '.join([*attacks, *after])} |"]
+    lines.append("|" + " --- |" * (1 + len(attacks) + len(after)))
     curves: dict[str, dict[str, list[Point]]] = {name: defaultdict(list) for name in partitions}
+    worst: dict[str, dict[str, Point]] = {name: {} for name in partitions}
     for row in rows(every_strength=True):
         try:
-            leaked = cells.leak(row, data)
+            leaks = cells.leaks(row, data)
         except NotRunError:
             continue
         found = {name: cells.accuracy(row, data, name) for name in partitions}
         if not any(found.values()):
             continue
-        told = [f"`{row.expression}`".replace("|", "\\|")]
-        told += ["refused", "", ""]
-        if leaked:
-            told[1:] = f"{leaked.rate:.2f}", leaked.by, ", ".join(leaked.of)
-        told += found.values()
-        lines.append(f"| {' | '.join(told)} |")
+        of_attacks = [leaks[title].told if title in leaks else "" for title in attacks]
+        name = f"`{row.expression}`".replace("|", "\\|")
+        lines.append(f"| {' | '.join([name, *of_attacks, *found.values()])} |")
+        each = highest(leaks[title] for title in cells.attacks)
+        every = highest(leaks.values())
         for name, accuracy in found.items():
-            if leaked and accuracy not in ("", "refused"):
-                curves[name][row.name].append((leaked.rate, float(accuracy), ""))
+            if accuracy in ("", "refused"):
+                continue
+            if each is not None:
+                curves[name][row.name].append((each, float(accuracy), ""))
+            if every is not None and len(leaks) > len(cells.attacks):
+                worst[name][row.name] = (every, float(accuracy), "")
     for name in (name for name in partitions if curves[name]):
         picture = page.with_name(f"{page.stem}-{data}-{name}.png")
-        tradeoff_figure(curves[name], picture, f"{data}, {name}")
+        tradeoff_figure(curves[name], picture, f"{data}, {name}", hollow=worst[name])
         lines += ["", f"![Accuracy against leak rate, {data}, {name}]({picture.name})"]
     return f"\n## {data}\n\n" + "\n".join(lines) + "\n"
+
+
+def highest(leaks: Iterable[Leak]) -> float | None:
+    """Return the highest of some leak rates, None where there is none."""
+    return max((leak.rate for leak in leaks if leak.rate is not None), default=None)
 
 
 def main() -> None:

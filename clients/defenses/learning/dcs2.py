@@ -94,8 +94,9 @@ class DCS2(Defense):
         "dcs2(lambda_y=0.7)",
         "dcs2(lambda_y=0.9)",
     )
-    # Private images stay in the mixture; matching returns them and the concealed ones together.
-    adversary: ClassVar[str] = "robbing-the-fed(units=256)"
+    # Private images stay in the mixture, and concealed ones leave [0, 1]: it reads twice as many
+    # as the client counts, and hands on those that look like images.
+    adversary: ClassVar[str] = "unrolling"
 
     iterations: Annotated[int, Field(ge=1)] = 20
     lr: Annotated[float, Field(gt=0)] = 0.1

@@ -22,6 +22,7 @@ untouched: who sees their sum (FedAvg) sees nearly the true update.  An attack t
 came back as 0 does not meet the pruning.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -86,8 +87,11 @@ class Outpost(Defense):
         "outpost(prune=80.0)",
         "outpost(prune=95.0)",
     )
-    # Absolute distance: entries with noise are outliers.
-    adversary: ClassVar[str] = "bayes(iterations=200, tv=0.1, defense='laplace(scale=0.005)')"
+    # Absolute distance: entries with noise are outliers, in each round others.
+    adversary: ClassVar[str] = (
+        "bayes(iterations=200, tv=0.4, defense='laplace(scale=0.005) | prune', rounds=True)"
+    )
+    adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {"federation.rounds": 4}
 
     beta: Annotated[float, Field(ge=0)] = 0.125
     phi: Percent = 40.0

@@ -107,7 +107,12 @@ class SoteriaFL(NoisedUpdate):
     seals: ClassVar[str] = (
         "it remembers what it sent, as the server does, and the two memories would part"
     )
-    adversary: ClassVar[str] = "bayes(iterations=200, tv=0.01, defense='prune')"
+    adversary: ClassVar[str] = (
+        'accumulation(keep=0.05, then="bayes(iterations=200, tv=0.1, '
+        "defense='clip(norm=1.0) | gaussian(std=1e-3) | prune')\")"
+    )
+    # By then 87 % of the coordinates have come.
+    adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {"federation.rounds": 40}
 
     norm: Norm = 1.0
     std: Annotated[float, Field(gt=0)] = 0.01
