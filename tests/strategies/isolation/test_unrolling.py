@@ -103,6 +103,8 @@ def test_passive_readers_and_local_training_are_refused():
         Unrolling(then="linear-inversion")
     with pytest.raises(ValueError, match="sybil-sa-dp is not one"):
         Unrolling(then="sybil-sa-dp")
+    with pytest.raises(ValueError, match=r"write robbing-the-fed\(clip=False\)"):
+        Unrolling(then="robbing-the-fed(units=64)")
     with pytest.raises(ValueError, match=r"use federation\.local = 'fedsgd"):
         Unrolling().check(torch.nn.Linear(1, 1), "weights")
 

@@ -141,6 +141,9 @@ def test_columns_have_the_zeros_of_the_weights():
 def test_active_readers_and_local_training_are_refused():
     with pytest.raises(ValueError, match="must be passive"):
         Unmixing(then="robbing-the-fed")
+    assert Unmixing(then="linear-inversion").inner.clip  # mixtures without signs stay in [0, 1]
+    with pytest.raises(ValueError, match=r"write linear-inversion\(clip=False\)"):
+        Unmixing(then="linear-inversion", signs=True)
     with pytest.raises(ValueError, match=r"use federation\.local = 'fedsgd"):
         Unmixing().check(torch.nn.Linear(1, 1), "weights")
     training = TrainingDetails("gradient", 0.1, 2, 1, 0.0, 0.0)

@@ -42,7 +42,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedsim.attack import Paper, Reconstruction, Setting, ToyCase
+from fedsim.attack import Attack, Paper, Reconstruction, Setting, ToyCase
 from fedsim.registry import register
 from fedsim.threat import Capability, Knowledge
 from fedsim.view import ServerView
@@ -139,6 +139,15 @@ class Unmixing(HandsOn):
     cap: Annotated[float, Field(gt=0, lt=0.99)] = 0.65
     tolerance: Annotated[float, Field(gt=0, lt=0.1)] = 1e-3
     signs: bool = False
+
+    def check_reader(self, inner: Attack) -> None:
+        """Refuse an active reader, and one that clips what signs take out of [0, 1]."""
+        super().check_reader(inner)
+        if self.signs and getattr(inner, "clip", False):
+            raise ValueError(
+                f"then={self.then!r} clips mixtures with signs, which leave [0, 1]; write "
+                f"{inner.name}(clip=False)"
+            )
 
     @property
     def law(self) -> "Law":

@@ -109,6 +109,11 @@ class Unrolling(HandsOn, Manipulation):
                 "then= takes an active attack of which all clients get the same model, and which "
                 f"leaves it open who they are; {inner.name} is not one"
             )
+        if getattr(inner, "clip", False):
+            raise ValueError(
+                f"then={self.then!r} clips negative twins, which leave [0, 1]; write "
+                f"{inner.name}(clip=False)"
+            )
 
     def check(self, model: nn.Module, kind: str) -> None:
         """Refuse local training, and what ``then`` refuses."""
