@@ -178,6 +178,7 @@ def test_a_server_that_did_nothing_of_it_fails_the_run(
 def test_what_it_cannot_act_in_is_refused(tmp_path: Path) -> None:
     for changes, reason in (
         ({"channel": "trusted-sum"}, "the server gets sums"),
+        ({"channel": "fragmented"}, "each upload is of several clients"),
         ({"federation.strategy": "fedmedian"}, "compares uploads"),
     ):
         with pytest.raises(ScenarioError, match=reason):

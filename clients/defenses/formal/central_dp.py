@@ -106,12 +106,18 @@ class CentralDP(Defense):
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
 
     def check_setting(self, setting: Setting) -> None:
-        """Refuse a channel behind which the server has no single update to clip."""
+        """Refuse a channel behind which the server has no single client's update to clip."""
         check_delta(self.delta, setting.clients, "client")
         if setting.channel.aggregates:
             raise ValueError(
                 f"behind {setting.channel.name} the server gets sums, and cannot clip what is in "
                 "them; clients must: local-dp, distributed-dp, or channel = 'plain'"
+            )
+        if setting.channel.mixes:
+            raise ValueError(
+                f"behind {setting.channel.name} each upload is of several clients, and each client "
+                "in several: clipping uploads bounds nobody's part by norm; clients must clip "
+                "before they mix (local-dp), or channel = 'plain'"
             )
 
     def strategy(self, inner: Strategy, ctx: ServerContext) -> Strategy:
