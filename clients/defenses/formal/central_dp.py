@@ -226,7 +226,7 @@ class CentralServer(Wrapper):
     def _adapt(self, centered: float, generator: torch.Generator) -> None:
         """Move ``S`` by the noised share of updates that it leaves alone."""
         count_noise = self.defense.count_noise(self.ctx.cohort) if self.defense.sigma else 0.0
-        noise = count_noise * float(torch.randn((), generator=generator))
+        noise = count_noise * float(torch.randn((), generator=generator, dtype=torch.float64))
         share = (centered + noise) / self.ctx.cohort + 0.5
         self.norm *= math.exp(-self.defense.rate * (share - self.defense.quantile))
 
