@@ -16,7 +16,7 @@ from clients.defenses.formal.local_dp import LocalDP
 from clients.defenses.perturbation.dpfl import DPFL, laplace
 from clients.defenses.perturbation.soteriafl import SoteriaFL
 from clients.ledger import Accounted
-from clients.noise import normal, noised
+from clients.noise import noised, normal
 from fedsim import registry, seeds
 from fedsim.defense import ClientContext, Defense, Rank
 from tests.clients.one_update import context

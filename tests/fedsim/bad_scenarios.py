@@ -272,6 +272,15 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "model.batchnorm",
         "void its guarantee; use 'frozen' or 'private'",
     ),
+    "guarantee that statistics of a model to come may void": (
+        {
+            "defenses": "clip(norm=1.0) | gaussian(std=1.0)",
+            "model.name": "convnet(width=4, dropout=0.5)",
+            "model.batchnorm": "shared",
+        },
+        "model.batchnorm",
+        "of any model the server asks for",
+    ),
     "defenses in the wrong order": (
         {"defenses": "late | linear-only"},
         "defenses",
