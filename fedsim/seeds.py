@@ -9,14 +9,15 @@ The secret stream is keyed by 32 bytes that live outside the scenario: ``$FEDSIM
 made on first use, and the run's id, so that no two runs share noise that a server could subtract.
 Whoever knows every public seed can still not subtract it.  What clients draw hangs on their process
 as well (:func:`of_this_process`).  A run that is to repeat, noise and all, names the key itself:
-under one ``FEDSIM_SECRET_KEY`` (hex) all runs draw alike.  A SuperNode of a deployed cluster sets
-``secret='entropy'`` in its node config and draws from the operating system.
+under one ``FEDSIM_SECRET_KEY`` (64 hex digits) all runs draw alike.  A SuperNode of a deployed
+cluster sets ``secret='entropy'`` in its node config and draws from the operating system.
 """
 
 import hashlib
 import hmac
 import os
 import random
+import re
 import secrets
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ import torch
 
 # Of torch's Mersenne Twister: its words, and where they begin in ``Generator.get_state()``.
 _WORDS, _STATE = 624, 24
+_KEY = 32  # bytes of the secret key
 
 
 def home() -> Path:
@@ -47,23 +49,39 @@ def generator(seed: int, *names: object) -> torch.Generator:
 
 
 def secret_key() -> bytes:
-    """Return this machine's 32 secret bytes, made (mode 0600) on first use."""
+    """Return this machine's 32 secret bytes, made (mode 0600) on first use.
+
+    Raises
+    ------
+    ValueError
+        If the variable or the file holds no such key: all noise and masks would hang on it.
+    """
     sys.audit("fedsim.private", "the secret stream")
     if text := os.environ.get("FEDSIM_SECRET_KEY"):
+        if not re.fullmatch(f"[0-9a-fA-F]{{{2 * _KEY}}}", text):
+            raise ValueError(
+                f"FEDSIM_SECRET_KEY must be {2 * _KEY} hexadecimal digits, as openssl rand -hex "
+                f"{_KEY} prints; this has {len(text)} characters, or others among them"
+            )
         return bytes.fromhex(text)
     path = home() / "secret.key"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"secret.key.{secrets.token_hex(8)}")
         partial.touch(mode=0o600)
-        partial.write_bytes(secrets.token_bytes(32))
+        partial.write_bytes(secrets.token_bytes(_KEY))
         try:
             os.link(partial, path)  # fails where another process was first: then its key stands
         except FileExistsError:
             pass
         finally:
             partial.unlink()
-    return path.read_bytes()
+    if len(key := path.read_bytes()) != _KEY:
+        raise ValueError(
+            f"{path} must hold {_KEY} bytes, and holds {len(key)}: it was cut off, or is another "
+            "file; remove it, and a new key is made"
+        )
+    return key
 
 
 def secret_generator(

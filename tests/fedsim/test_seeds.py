@@ -99,6 +99,26 @@ def test_the_key_is_made_once_and_for_its_owner_only() -> None:
     assert stat.S_IMODE(made[0].stat().st_mode) == 0o600
 
 
+@pytest.mark.parametrize("text", ["11", "zz" * 32, "11" * 31, "11" * 33, " " * 64])
+def test_a_variable_that_holds_no_key_is_refused(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDSIM_SECRET_KEY", text)
+    with pytest.raises(ValueError, match="FEDSIM_SECRET_KEY must be 64 hexadecimal digits") as told:
+        seeds.secret_generator(7, "noise")
+    assert text not in str(told.value)
+
+
+@pytest.mark.parametrize("size", [0, 16, 64])
+def test_a_file_that_holds_no_key_is_refused(size: int) -> None:
+    """An empty one, of a disk that was full, would have been everybody's key."""
+    path = seeds.home() / "secret.key"
+    path.parent.mkdir()
+    path.write_bytes(b"a" * size)
+    with pytest.raises(ValueError, match=f"secret.key must hold 32 bytes, and holds {size}"):
+        seeds.secret_bytes(7, "noise", run_id=5)
+
+
 def test_the_key_of_the_process_that_was_first_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     def another_is_first(count: int) -> bytes:
         (seeds.home() / "secret.key").write_bytes(b"a" * count)
