@@ -284,7 +284,7 @@ def _check_statistics(parts: Parts, model: nn.Module) -> None:
     # Whatever the scenario's own model has: a server may ask for another one's statistics.
     plan = parts.plan(len(parts.partitions[0]))
     if promising := sorted(guarantees(parts.defenses, plan, sums=parts.channel.aggregates)):
-        remedy = f"statistics that clients send of any model the server asks for bypass "
+        remedy = "statistics that clients send of any model the server asks for bypass "
         remedy += f"{promising[0]} and void its guarantee; use 'frozen' or 'private'"
         raise ScenarioError("model.batchnorm", policy, remedy)
 
