@@ -6,10 +6,19 @@ normal draw does once in ``1.2e8``, and a value beyond tells for certain what th
 Of float64 the end is 8.57, once in ``1e17``.
 """
 
+from typing import Annotated
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from fedsim.defense import Tensors
+
+#: Standard deviations, absolute or in units of a norm.  A million drowns any update, and what is
+#: far above leaves float32.
+Std = Annotated[float, Field(gt=0, le=1e6)]
+#: One that may be zero: no noise, to see what clipping does alone.
+StdOrNone = Annotated[float, Field(ge=0, le=1e6)]
 
 
 def normal(tensor: Tensor, generator: torch.Generator) -> Tensor:
