@@ -8,7 +8,7 @@ whatever the server calls its rounds.
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -29,6 +29,10 @@ from fedsim.defense import (
 )
 
 SPENT = "its privacy budget is spent"
+FORGOTTEN = (
+    "a client whose SuperNode is started anew has its whole budget again, unless state='...' of "
+    "its node config keeps what was spent"
+)
 
 
 def released(ctx: ClientContext, name: str) -> Releases:
@@ -118,9 +122,15 @@ class Accounted(Defense):
         plan: TrainingPlan,
         entering: Mapping[Place, float | None],  # noqa: ARG002 - each clips by itself
     ) -> Privacy | None:
-        """Return epsilon of a client that takes part in every round."""
+        """Return epsilon of a client that takes part in every round, and how long a budget binds.
+
+        Whether its SuperNode keeps state, nobody but the SuperNode knows.
+        """
         every = tuple(r for done in range(plan.rounds) for r in self.releases(plan, done))
-        return self.guarantee(epsilon(every, self.delta), plan)
+        promised = self.guarantee(epsilon(every, self.delta), plan)
+        if self.budget is None:
+            return promised
+        return replace(promised, mechanism=f"{promised.mechanism}; {FORGOTTEN}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,15 +11,14 @@ how many were drawn is private.  A batch may be empty; then its gradient is nois
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from clients.defenses.perturbation.clip import Norm
 from clients.ledger import Accounted, rounds_done
-from clients.noise import noised
+from clients.noise import StdOrNone, noised
 from clients.per_example import per_example_gradients
 from fedsim.accounting import Release, Releases
 from fedsim.defense import Batch, ClientContext, Place, Tensors, TrainingPlan
@@ -41,7 +40,7 @@ class NoisedSum(Accounted):
     unit: ClassVar[Literal["client", "example"]] = "example"
 
     norm: Norm = 1.0
-    sigma: Annotated[float, Field(ge=0)] = 1.0
+    sigma: StdOrNone = 1.0
 
     @abstractmethod
     def clip(self, gradients: Tensors) -> Tensors:

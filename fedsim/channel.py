@@ -23,6 +23,8 @@ class Channel(ABC):
     name: ClassVar[str]
     #: Whether a reply is one client's, or an aggregate of all of a round.
     aggregates: ClassVar[bool] = False
+    #: Whether a reply is single, and still of several clients: then a client is in several.
+    mixes: ClassVar[bool] = False
     #: Whether clients mask what they upload: then all upload one shape, and only the auditor can
     #: say what the sum lost.
     masks: ClassVar[bool] = False

@@ -78,11 +78,10 @@ def logical_client(msg: Message, context: Context, call_next: ClientAppCallable)
     )
     host = msg.metadata.dst_node_id
     msg.metadata.dst_node_id = node_of(client)
-    entropy = own.node_config.get("secret") == "entropy"
     scenario = _parts(own).scenario
     secret = seeds.secret_generator(
         scenario.seed, "client", client, msg.metadata.group_id, msg.metadata.message_type,
-        run_id=context.run_id, entropy=entropy,
+        run_id=context.run_id, key=_key(own),
     )  # fmt: skip
     with seeds.seeded_globals(secret):  # SecAgg+ rounds with numpy's global stream
         try:
@@ -334,7 +333,6 @@ def _defense_context(
     parts: Parts, context: Context, server_round: int, examples: int, model: nn.Module
 ) -> ClientContext:
     client, seed = cast(int, context.node_config["client"]), parts.scenario.seed
-    entropy = context.node_config.get("secret") == "entropy"
     plan = parts.local.plan(examples, parts.scenario.federation.rounds)
     store = remembered(context)
     # A server that calls two rounds by one number must not get the same noise twice.
@@ -344,10 +342,11 @@ def _defense_context(
 
     # Nor from a SuperNode that was started anew, and forgot what it answered.
     fresh = [process] if (process := seeds.of_this_process()) else []
+    key = _key(context)  # of this message: in it, one use is one draw, however often it is asked
 
     def secret(*names: object) -> torch.Generator:
         own = "client", client, server_round, again, *fresh, *names
-        return seeds.secret_generator(seed, *own, run_id=context.run_id, entropy=entropy)
+        return seeds.secret_generator(seed, *own, run_id=context.run_id, key=key)
 
     return ClientContext(
         client=client,
@@ -358,6 +357,11 @@ def _defense_context(
         store=store,
         run_id=context.run_id,
     )
+
+
+def _key(context: Context) -> bytes | None:
+    """Return the key of a client that draws from the operating system; None for the machine's."""
+    return seeds.fresh_key() if context.node_config.get("secret") == "entropy" else None
 
 
 def _upload(model: nn.Module, trained: Tensors, names: list[str]) -> Tensors:

@@ -274,18 +274,19 @@ def _check_statistics(parts: Parts, model: nn.Module) -> None:
     policy = parts.scenario.model.batchnorm
     if policy == "frozen":
         return
-    if not any(is_buffer(name) for name in travelling(model)):
-        # Without BatchNorm, what the policy still decides is whether dropout is on.
-        if any(isinstance(layer, nn.modules.dropout._DropoutNd) for layer in model.modules()):
-            return
+    # Without BatchNorm, what the policy still decides is whether dropout is on.
+    drops = any(isinstance(layer, nn.modules.dropout._DropoutNd) for layer in model.modules())
+    if not drops and not any(is_buffer(name) for name in travelling(model)):
         remedy = f"{parts.scenario.model.name} has no BatchNorm; write 'frozen', or use a model "
         raise ScenarioError("model.batchnorm", policy, f"{remedy}that has it (resnet20)")
     if policy == "private":
         return
+    # Whatever the scenario's own model has: a server may ask for another one's statistics.
     plan = parts.plan(len(parts.partitions[0]))
     if promising := sorted(guarantees(parts.defenses, plan, sums=parts.channel.aggregates)):
-        remedy = f"the statistics bypass {promising[0]} and void its guarantee; use 'frozen'"
-        raise ScenarioError("model.batchnorm", policy, f"{remedy} or 'private'")
+        remedy = "statistics that clients send of any model the server asks for bypass "
+        remedy += f"{promising[0]} and void its guarantee; use 'frozen' or 'private'"
+        raise ScenarioError("model.batchnorm", policy, remedy)
 
 
 def _check_federation(parts: Parts) -> None:

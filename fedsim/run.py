@@ -314,21 +314,21 @@ class History:
         told = [{"name": name, **dataclasses.asdict(found)} for name, found in least.items()]
         at_server = {d.name for d in self.parts.defenses if d.rank is Rank.SERVER}
         for one in told:
-            if self._counts_differ and one["unit"] == "client" and one["name"] not in at_server:
+            if one["name"] not in at_server and self._counts_tell(one["unit"]):
                 one["mechanism"] += "; the number of examples is sent beside it, not covered"
             if self.parts.scenario.audit.baseline:
                 one["mechanism"] += "; what clients sent for the baseline is not covered"
         return [one if isfinite(one["epsilon"]) else {**one, "epsilon": None} for one in told]
 
-    @property
-    def _counts_differ(self) -> bool:
-        """Say whether a client's count of examples tells of its data.
+    def _counts_tell(self, unit: str) -> bool:
+        """Say whether a client's count of examples tells of one unit's data.
 
-        A full batch's does not, nor the sum of all counts.
+        A full batch's does not.  The sum of all counts tells of no client's, and is still one more
+        or less where one example is.
         """
         plans = [self.parts.plan(len(own)) for own in self.parts.partitions]
         full = all(p.kind == "gradient" and p.batch_size <= p.examples for p in plans)
-        return not full and not self.parts.channel.aggregates
+        return not full and (unit == "example" or not self.parts.channel.aggregates)
 
     def _withheld(self, name: str) -> str:
         """Say in which round a sum held less of the noise than a defense's promise counts on."""

@@ -9,14 +9,16 @@ The secret stream is keyed by 32 bytes that live outside the scenario: ``$FEDSIM
 made on first use, and the run's id, so that no two runs share noise that a server could subtract.
 Whoever knows every public seed can still not subtract it.  What clients draw hangs on their process
 as well (:func:`of_this_process`).  A run that is to repeat, noise and all, names the key itself:
-under one ``FEDSIM_SECRET_KEY`` (hex) all runs draw alike.  A SuperNode of a deployed cluster sets
-``secret='entropy'`` in its node config and draws from the operating system.
+under one ``FEDSIM_SECRET_KEY`` (64 hex digits) all runs draw alike.  A SuperNode of a deployed
+cluster sets ``secret='entropy'`` in its node config and draws each message's under a key of the
+operating system's (:func:`fresh_key`).
 """
 
 import hashlib
 import hmac
 import os
 import random
+import re
 import secrets
 import sys
 from collections.abc import Iterator
@@ -28,6 +30,7 @@ import torch
 
 # Of torch's Mersenne Twister: its words, and where they begin in ``Generator.get_state()``.
 _WORDS, _STATE = 624, 24
+_KEY = 32  # bytes of the secret key
 
 
 def home() -> Path:
@@ -47,48 +50,68 @@ def generator(seed: int, *names: object) -> torch.Generator:
 
 
 def secret_key() -> bytes:
-    """Return this machine's 32 secret bytes, made (mode 0600) on first use."""
+    """Return this machine's 32 secret bytes, made (mode 0600) on first use.
+
+    Raises
+    ------
+    ValueError
+        If the variable or the file holds no such key: all noise and masks would hang on it.
+    """
     sys.audit("fedsim.private", "the secret stream")
     if text := os.environ.get("FEDSIM_SECRET_KEY"):
+        if not re.fullmatch(f"[0-9a-fA-F]{{{2 * _KEY}}}", text):
+            raise ValueError(
+                f"FEDSIM_SECRET_KEY must be {2 * _KEY} hexadecimal digits, as openssl rand -hex "
+                f"{_KEY} prints; this has {len(text)} characters, or others among them"
+            )
         return bytes.fromhex(text)
     path = home() / "secret.key"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"secret.key.{secrets.token_hex(8)}")
         partial.touch(mode=0o600)
-        partial.write_bytes(secrets.token_bytes(32))
+        partial.write_bytes(secrets.token_bytes(_KEY))
         try:
             os.link(partial, path)  # fails where another process was first: then its key stands
         except FileExistsError:
             pass
         finally:
             partial.unlink()
-    return path.read_bytes()
+    if len(key := path.read_bytes()) != _KEY:
+        raise ValueError(
+            f"{path} must hold {_KEY} bytes, and holds {len(key)}: it was cut off, or is another "
+            "file; remove it, and a new key is made"
+        )
+    return key
+
+
+def fresh_key() -> bytes:
+    """Return a key of the operating system's own, to draw under instead of this machine's."""
+    return secrets.token_bytes(_KEY)
 
 
 def secret_generator(
-    seed: int, *names: object, run_id: int = 0, entropy: bool = False
+    seed: int, *names: object, run_id: int = 0, key: bytes | None = None
 ) -> torch.Generator:
-    """Return a CPU generator of the secret stream, of one run's; ``entropy`` ignores the seed.
+    """Return a CPU generator of the secret stream, of one run's; ``key`` as for secret bytes.
 
     Its whole state is secret.  It is torch's Mersenne Twister: nobody can guess it, and it is still
     no cipher: whoever read enough of its raw numbers could go on with them.
     """
-    if entropy:
-        return _generator_of(secrets.token_bytes(4 * _WORDS))
-    return _generator_of(
-        hashlib.shake_256(secret_bytes(seed, *names, run_id=run_id)).digest(4 * _WORDS)
-    )
+    found = secret_bytes(seed, *names, run_id=run_id, key=key)
+    return _generator_of(hashlib.shake_256(found).digest(4 * _WORDS))
 
 
-def secret_bytes(seed: int, *names: object, run_id: int = 0) -> bytes:
+def secret_bytes(seed: int, *names: object, run_id: int = 0, key: bytes | None = None) -> bytes:
     """Return 32 bytes for one named use of the secret stream: a key, say.
 
     ``run_id`` counts unless ``FEDSIM_SECRET_KEY`` asks for a run that repeats; 0 is of no run.
+    ``key`` stands in for this machine's: nothing repeats under one of :func:`fresh_key`, but what
+    is drawn under that same one.
     """
     own = 0 if os.environ.get("FEDSIM_SECRET_KEY") else run_id
     text = "/".join([str(seed), *([f"run {own}"] if own else []), *map(str, names)])
-    return hmac.new(secret_key(), text.encode(), hashlib.sha256).digest()
+    return hmac.new(secret_key() if key is None else key, text.encode(), hashlib.sha256).digest()
 
 
 def of_this_process() -> str:

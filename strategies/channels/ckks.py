@@ -11,6 +11,8 @@ ciphertexts, and asks one of the clients to decrypt the sum::
 **The key** lies in a folder that clients reach and the server does not (``keys``, by default
 ``$FEDSIM_HOME/keys``): the first client of a run makes it, attack code is walled off from it, and
 it goes when the run ends.  The server is told the parameters and holds no key, public or secret.
+Ciphertexts of two keys add up without an error, to nothing: each client says which key is its own,
+by a hash, and who holds another than the first is left out, with the reason.
 
 **What it promises**: a server that keeps to the protocol and calculates no further learns the sum,
 and who is in it.  CKKS is approximate: values are rounded to ``2^-scale_bits`` and noise of about
@@ -30,6 +32,7 @@ The default parameters are those for a few multiplications, as usually quoted; s
 ``coeff_modulus=[60, 60]`` is as exact at 40 % of the size.
 """
 
+import hashlib
 import os
 import secrets
 import time
@@ -145,7 +148,8 @@ class Ckks(Channel):
             return call_next(msg, context)
         asked = msg.content.config_records.get(RECORD, ConfigRecord())
         if asked.get("stage") == "decrypt":
-            summed = decrypt(self._key(context), cast(list[bytes], asked["ciphertexts"]))
+            key = _opened(self._key(context))
+            summed = decrypt(key, cast(list[bytes], asked["ciphertexts"]))
             arrays = ArrayRecord({"sum": Array(summed)})
             return Message(RecordDict({"arrays": arrays}), reply_to=msg)
         if asked.get("stage") != "encrypt":
@@ -163,24 +167,24 @@ class Ckks(Channel):
             )
         key = self._key(context)
         started = time.perf_counter()
-        ciphertexts = encrypt(key, weighted, self.poly_modulus_degree // 2)
-        told = ConfigRecord({"ciphertexts": ciphertexts})
+        ciphertexts = encrypt(_opened(key), weighted, self.poly_modulus_degree // 2)
+        told = ConfigRecord({"ciphertexts": ciphertexts, "key": fingerprint(key)})
         told["seconds"] = time.perf_counter() - started
         return Message(RecordDict({RECORD: told}), reply_to=msg)
 
-    def _key(self, context: Context) -> Any:
-        """Return the context with the secret key; the first client of a run makes it."""
+    def _key(self, context: Context) -> bytes:
+        """Return the secret key, with its parameters; the first client of a run makes it."""
         path = self.root / str(context.run_id) / "ckks.key"
         if not path.exists():
             made = new_key(self.poly_modulus_degree, list(self.coeff_modulus), self.scale_bits)
             _write_once(path, made)
-        return _tenseal().context_from(path.read_bytes(), n_threads=1)
+        return path.read_bytes()
 
     @cached_property
     def public(self) -> bytes:
         """What the server needs to add ciphertexts: the parameters, without any key."""
         made = new_key(self.poly_modulus_degree, list(self.coeff_modulus), self.scale_bits)
-        return _without_keys(_tenseal().context_from(made, n_threads=1))
+        return _without_keys(_opened(made))
 
     def figures(self) -> dict[str, Any]:
         """Return the parameters, the size of an upload and what the protocol took."""
@@ -227,7 +231,8 @@ class CkksGrid(SummingGrid):
         """Ask for ciphertexts."""
         self.sum: list[Any] = []
         self.senders: list[int] = []
-        self.context = _tenseal().context_from(self.settings.public, n_threads=1)
+        self.key = b""
+        self.context = _opened(self.settings.public)
         self.uploads = [sum(map(prod, one.values())) for one in possible_uploads(messages[0])]
         told = ConfigRecord({"stage": "encrypt", "clients": len(messages)})
         return [
@@ -245,6 +250,12 @@ class CkksGrid(SummingGrid):
         sent, spent = cast(list[bytes], told.get("ciphertexts", [])), self.settings.spent
         if not sent or len(sent) != len(self.sum or sent):
             return "its reply holds no ciphertexts, or not as many as others'"
+        key = cast(bytes, told.get("key", b""))
+        if self.senders and key != self.key:
+            return (
+                "its key is another than that of the clients before it, and what it sent cannot be "
+                "added to theirs; name one folder that all clients reach, ckks(keys='...')"
+            )
         started = time.perf_counter()
         try:
             added = [_tenseal().ckks_vector_from(self.context, one) for one in sent]
@@ -257,6 +268,7 @@ class CkksGrid(SummingGrid):
         spent.encrypting += cast(float, told["seconds"])
         spent.uploads += 1
         spent.ciphertext_bytes += sum(map(len, sent))
+        self.key = key
         self.senders.append(reply.metadata.src_node_id)
         return None
 
@@ -274,13 +286,20 @@ class CkksGrid(SummingGrid):
             for reply in self.inner.send_and_receive([question], timeout=self.timeout):
                 found = reply.content.array_records.get("arrays", ArrayRecord()).get("sum")
                 values = np.empty(0) if found is None else found.numpy()
-                if values.ndim == 1 and len(values) - 1 in self.uploads:
+                if self._is_sum(values):
                     self.settings.spent.decrypting += time.perf_counter() - started
                     self.settings.spent.values += (len(values) - 1) * len(self.senders)
                     self.settings.spent.rounds += 1
                     return [self._mean(asked[0], values)]
                 self.inner.ledger.fail(client_of(node), "what it decrypted is no sum of uploads")
         return []
+
+    def _is_sum(self, values: NDArray[np.float64]) -> bool:
+        """Say whether these may be uploads' sum, by their number and by the weight at their end."""
+        if values.ndim != 1 or len(values) - 1 not in self.uploads:
+            return False
+        fewest = len(self.senders)  # nobody weighs less than one example
+        return bool(fewest - 0.5 < values[-1] < self.settings.largest)
 
     def _mean(self, asked: Message, summed: NDArray[np.float64]) -> Message:
         shapes = possible_uploads(asked)[self.uploads.index(len(summed) - 1)]
@@ -331,6 +350,15 @@ def new_key(degree: int, coeff_modulus: list[int], scale_bits: int) -> bytes:
         bytes,
         made.serialize(save_secret_key=True, save_galois_keys=False, save_relin_keys=False),
     )
+
+
+def fingerprint(key: bytes) -> bytes:
+    """Return what tells one key from another, and nothing of it."""
+    return hashlib.sha256(b"fedsim ckks: which key" + key).digest()
+
+
+def _opened(serialized: bytes) -> Any:
+    return _tenseal().context_from(serialized, n_threads=1)
 
 
 def _without_keys(context: Any) -> bytes:

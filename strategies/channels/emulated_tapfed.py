@@ -86,6 +86,11 @@ class EmulatedTapfed(Channel):
                 f"{clients} clients train in a round and min_cohort={self.min_cohort}: nothing "
                 f"would be released; use more clients, or a lower min_cohort"
             )
+        if self.largest_share < 1 / clients:
+            raise ValueError(
+                f"of {clients} clients one has at least {1 / clients:.3g} of all weight, and "
+                f"largest_share={self.largest_share:g}: nothing would be released; let it be more"
+            )
         if not self.aggregators < 2 * self.threshold <= 2 * self.aggregators:
             raise ValueError(
                 f"threshold={self.threshold} of {self.aggregators} aggregators; let it be more "

@@ -99,6 +99,8 @@ class Fragmented(Channel):
         "fragment-collusion(then='inverting-gradients(iterations=200, tv=1e-2)')"
     )
 
+    mixes = True
+
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     #: How many pairs there were in each round so far, as the server counts.
     pairs: list[int] = field(default_factory=list, init=False, repr=False, compare=False)

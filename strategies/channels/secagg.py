@@ -62,6 +62,8 @@ from fedsim.registry import register
 from strategies.channels import secagg_strict
 
 LARGEST_SUM = 2**32  # Flower's modulus: quantized sums that reach it wrap around
+# Of values of one upload: where all is cut off, and where all is rounded away.
+LEAST_CARRIED, LARGEST_STEP = 1e-6, 1.0
 
 
 @register("channel", "secagg")
@@ -142,8 +144,23 @@ class SecAgg(Channel):
                 f"max_weight={self.max_weight:g} cannot weigh the client that will train on "
                 f"{largest_weight} examples a round; let max_weight be at least {largest_weight}"
             )
+        self._check_precision(largest_weight)
         if self.strict:
             self._check_strict(clients)
+
+    def _check_precision(self, weight: int) -> None:
+        """Refuse rounding, or cutting off, that leaves nothing of the heaviest client's upload."""
+        if (most := self.carries(weight)) < LEAST_CARRIED:
+            raise ValueError(
+                f"values of the client that trains on {weight} examples would be cut off at "
+                f"{most:.3g}, below {LEAST_CARRIED:g}; use a larger clipping_range"
+            )
+        if (step := 2 * most / self.quantization_range) > LARGEST_STEP:
+            raise ValueError(
+                f"values of the client that trains on {weight} examples would be rounded to "
+                f"multiples of {step:.3g}, and updates are far below {LARGEST_STEP:g}; use a "
+                "larger quantization_range, or a smaller clipping_range or max_weight"
+            )
 
     def carries(self, weight: int) -> float:
         """Return ``clipping_range`` before weighting."""

@@ -11,6 +11,7 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
 
 from clients.defenses.formal.central_dp import CentralDP, CentralServer
+from clients.defenses.perturbation.clip import LEAST_NORM, MOST_NORM
 from fedsim import seeds
 from fedsim.audit import judge
 from fedsim.defense import ServerContext, TrainingPlan, guarantees
@@ -175,9 +176,19 @@ def test_a_server_that_did_nothing_of_it_fails_the_run(
     assert "the server did nothing of it" in report.failed
 
 
+@pytest.mark.parametrize("sigma", [0.0, 1e-200, 1e6])
+def test_whatever_the_noise_of_the_share_the_norm_stays_one_that_may_be(sigma: float) -> None:
+    made = server(CentralDP(sigma=sigma, adaptive=True, rate=10.0), 2)
+    for _ in range(3):
+        after = aggregated(made, ZERO, [ZERO, ZERO])["w"]
+        assert np.isfinite(after).all()
+        assert LEAST_NORM <= made.norm <= MOST_NORM
+
+
 def test_what_it_cannot_act_in_is_refused(tmp_path: Path) -> None:
     for changes, reason in (
         ({"channel": "trusted-sum"}, "the server gets sums"),
+        ({"channel": "fragmented"}, "each upload is of several clients"),
         ({"federation.strategy": "fedmedian"}, "compares uploads"),
     ):
         with pytest.raises(ScenarioError, match=reason):

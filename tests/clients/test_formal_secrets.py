@@ -1,6 +1,7 @@
 """Who knows every public seed can re-derive every public generator, and no formal noise."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from clients.defenses.formal.local_dp import LocalDP
 from clients.defenses.perturbation.dpfl import DPFL, laplace
 from clients.defenses.perturbation.soteriafl import SoteriaFL
 from clients.ledger import Accounted
-from clients.noise import normal
+from clients.noise import noised, normal
 from fedsim import registry, seeds
 from fedsim.defense import ClientContext, Defense, Rank
 from tests.clients.one_update import context
@@ -84,6 +85,35 @@ def test_no_public_generator_gives_the_noise(
     monkeypatch.setenv("FEDSIM_SECRET_KEY", "22" * 32)  # somebody else's machine
     guesses.append(noise(defense, context(round=3)))
     assert max(correlation(theirs, guess) for guess in guesses) < 5 / SIZE**0.5
+
+
+@pytest.mark.parametrize("defense", FORMAL, ids=lambda defense: defense.name)
+def test_noise_is_drawn_in_float64_whatever_the_upload_is(
+    defense: Defense, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of float32 none would leave 5.77 standard deviations: delta would be told too small."""
+    drawn: set[torch.dtype] = set()
+
+    def watched(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def seen(*given: Any, **named: Any) -> Tensor:
+            made = draw(*given, **named)
+            drawn.add(made.dtype)
+            return made
+
+        return seen
+
+    monkeypatch.setattr(torch, "randn", watched(torch.randn))
+    monkeypatch.setattr(Tensor, "exponential_", watched(Tensor.exponential_))
+    assert noise(defense, context(round=3)).dtype is torch.float32
+    assert drawn == {torch.float64}
+
+
+def test_noise_is_added_in_float64_and_rounded_once() -> None:
+    zero, one = torch.zeros(SIZE), torch.ones(SIZE)
+    exact = torch.randn(SIZE, generator=seeds.generator(0, "n"), dtype=torch.float64)
+    assert torch.equal(normal(zero, seeds.generator(0, "n")), exact.float())
+    sent = noised({"a": one}, 1e-3, seeds.generator(0, "n"))["a"]
+    assert torch.equal(sent, (1 + 1e-3 * exact).float())
 
 
 def test_the_sample_of_dp_sgd_is_as_secret(monkeypatch: pytest.MonkeyPatch) -> None:

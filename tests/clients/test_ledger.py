@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from clients.defenses.formal.dp_sgd import DPSGD
 from clients.defenses.formal.local_dp import LocalDP
+from clients.defenses.perturbation.soteriafl import SoteriaFL
 from clients.ledger import record, released, rounds_done
 from fedsim.accounting import Release, epsilon
 from fedsim.audit import judge
 from fedsim.audit.receipts import defense_parts
+from fedsim.defense import guarantees
 from fedsim.engines.inline import run_inline
 from fedsim.errors import RunFailed
 from tests.clients.one_update import context
@@ -54,6 +57,18 @@ BUDGETED: dict[str, Any] = {
     "defenses": "local-dp(epsilon=1.0, over='round', budget=1.5)",
     "federation.rounds": 4,
 }
+
+
+def test_a_budget_is_told_with_what_ends_it() -> None:
+    """A SuperNode holds the ledger in memory, unless it has a folder for it."""
+    for defense in (LocalDP(), DPSGD(), SoteriaFL()):
+        without, limited = (
+            guarantees((one,), context().plan)[one.name]
+            for one in (defense, dataclasses.replace(defense, budget=8.0))
+        )
+        assert "started anew" not in without.mechanism
+        assert limited.mechanism.endswith("keeps what was spent")
+        assert limited.epsilon == without.epsilon
 
 
 def test_a_spent_budget_stops_a_client_and_nothing_more_is_told(tmp_path: Path) -> None:

@@ -101,6 +101,41 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "defenses: clip(norm)",
         "of at least 1e-15",
     ),
+    "noise that leaves float32": (
+        {"defenses": "dp-sgd(sigma=1e300)"},
+        "defenses: dp-sgd(sigma)",
+        "at least 0 and at most 1000000",
+    ),
+    "noise above any update": (
+        {"defenses": "clip | gaussian(std=1e7)"},
+        "defenses: gaussian(std)",
+        "above 0 and at most 1000000",
+    ),
+    "norm that follows beyond all numbers": (
+        {"defenses": "central-dp(rate=1e300)"},
+        "defenses: central-dp(rate)",
+        "above 0 and at most 10",
+    ),
+    "share of the weight that nobody is below": (
+        {"channel": "emulated-tapfed(largest_share=0.2)"},
+        "channel",
+        "of 4 clients one has at least 0.25 of all weight",
+    ),
+    "rounding that leaves no update": (
+        {"channel": "secagg(max_weight=2, quantization_range=2)"},
+        "channel",
+        "would be rounded to multiples of 8",
+    ),
+    "weight beside which none counts": (
+        {"channel": "secagg(max_weight=1e300)"},
+        "channel",
+        "a smaller clipping_range or max_weight",
+    ),
+    "clipping that leaves no value": (
+        {"channel": "secagg(clipping_range=1e-300)"},
+        "channel",
+        "would be cut off at 5e-298, below 1e-06",
+    ),
     "epsilon that no noise is known for": (
         {"defenses": "local-dp(epsilon=1e300)"},
         "defenses: local-dp(epsilon)",
@@ -271,6 +306,15 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         },
         "model.batchnorm",
         "void its guarantee; use 'frozen' or 'private'",
+    ),
+    "guarantee that statistics of a model to come may void": (
+        {
+            "defenses": "clip(norm=1.0) | gaussian(std=1.0)",
+            "model.name": "convnet(width=4, dropout=0.5)",
+            "model.batchnorm": "shared",
+        },
+        "model.batchnorm",
+        "of any model the server asks for",
     ),
     "defenses in the wrong order": (
         {"defenses": "late | linear-only"},

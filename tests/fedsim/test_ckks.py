@@ -188,6 +188,33 @@ def test_a_single_clients_sum_is_not_decrypted(
         summed(tmp_path)
 
 
+def test_ciphertexts_of_two_keys_are_not_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on two machines, each with a folder of its own; SEAL adds them without an error."""
+    keys = [ckks.new_key(4096, [60, 49], 40) for _ in range(2)]
+    monkeypatch.setattr(Ckks, "_key", lambda _, context: keys[context.node_config["client"] % 2])
+    ran = summed(tmp_path)
+    assert [view.senders for view in ran.views] in ([(0, 2)], [(1, 3)])  # whose came first
+    assert len(ran.failures) == 2
+    assert all("ckks(keys='...')" in reason for _, _, reason in ran.failures)
+    assert ckks.fingerprint(keys[0]) != ckks.fingerprint(keys[1])
+
+
+@pytest.mark.parametrize("weight", [0.0, np.nan])
+def test_what_has_no_weight_is_no_sum(
+    weight: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = ckks.decrypt
+
+    def decrypt(*given: Any) -> Any:
+        return np.append(honest(*given)[:-1], weight)
+
+    monkeypatch.setattr(ckks, "decrypt", decrypt)
+    with pytest.raises(RunFailed, match="no sum of uploads"):
+        summed(tmp_path)
+
+
 def test_a_broken_upload_does_not_spoil_the_sum(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -206,6 +206,24 @@ def test_a_client_started_anew_draws_other_noise_for_the_same_round(
     assert torch.equal(drawn(11), drawn(12))
 
 
+@pytest.mark.parametrize("secret", ["", "entropy"])
+def test_one_use_of_the_secret_stream_is_one_draw_within_a_message(
+    secret: str, tmp_path: Path
+) -> None:
+    """A learning rate that is drawn for a round holds for all of its steps."""
+    parts = Parts(scenario(tmp_path, {"defenses": "lr-perturbation"}))
+    context = Context(7, 1, {"client": 0, "secret": secret}, RecordDict(), parts.scenario.flat())
+    rates = []
+    for _ in range(2):
+        ctx = _defense_context(parts, context, 1, 32, parts.model())
+        for ctx.step in range(3):
+            rates.append(parts.defenses[0].learning_rate(0.1, ctx))
+        assert not torch.equal(*(torch.rand(4, generator=ctx.secret(n)) for n in ("one", "other")))
+        remember(context, ctx.store)
+    assert len(set(rates[:3])) == len(set(rates[3:])) == 1
+    assert rates[0] != rates[3]
+
+
 def test_a_round_asked_for_twice_gets_other_noise(tmp_path: Path) -> None:
     """A server that gives two rounds one number must not be able to subtract the noise."""
     changes = {"defenses": "gaussian(std=0.5)", "attack": "linear-inversion"}

@@ -392,11 +392,14 @@ def test_a_guarantee_is_that_of_the_client_who_spends_most(tmp_path: Path) -> No
         ("local-dp", "fedsgd(batch_size=10000)", "plain", True),
         ("local-dp", "fedsgd(batch_size=2)", "plain", False),  # everybody's batch
         ("local-dp", "fedavg(batch_size=32)", "trusted-sum", False),
-        ("dp-sgd", "fedavg(batch_size=32)", "plain", False),  # of examples, and their number is n
+        ("dp-sgd", "fedavg(batch_size=32)", "plain", True),  # one example more is one more told
+        ("dp-sgd", "fedavg(batch_size=32)", "trusted-sum", True),  # in the sum too
+        ("fed-cdp", "fedsgd(batch_size=10000)", "plain", True),
+        ("fed-cdp", "fedsgd(batch_size=2)", "plain", False),
         ("central-dp", "fedavg(batch_size=32)", "plain", False),
     ],
 )
-def test_a_count_of_examples_beside_a_client_level_guarantee_is_told(
+def test_a_count_of_examples_beside_a_guarantee_is_told(
     defense: str, local: str, channel: str, told: bool, tmp_path: Path
 ) -> None:
     changes = {"defenses": defense, "federation.local": local, "channel": channel}

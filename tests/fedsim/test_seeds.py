@@ -47,7 +47,7 @@ def test_a_secret_stream_is_none_of_the_four_billion_that_a_seed_can_begin() -> 
     noise = torch.randn(200_000, generator=generator)
     assert abs(float(noise.mean())) < 0.01
     assert abs(float(noise.std()) - 1) < 0.01
-    entropy = [first(seeds.secret_generator(7, "noise", entropy=True)) for _ in range(2)]
+    entropy = [first(seeds.secret_generator(7, "noise", key=seeds.fresh_key())) for _ in range(2)]
     assert entropy[0] != entropy[1]
 
 
@@ -84,9 +84,12 @@ def test_runs_draw_for_themselves_unless_a_key_asks_for_a_repeat(
     assert len(set(drawn())) == 1
 
 
-def test_entropy_ignores_seed_and_key() -> None:
-    found = {tuple(first(seeds.secret_generator(7, "x", entropy=True))) for _ in range(4)}
-    assert len(found) == 4
+def test_entropy_ignores_seed_and_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDSIM_SECRET_KEY", "11" * 32)
+    keys = [seeds.fresh_key() for _ in range(4)]
+    found = [tuple(first(seeds.secret_generator(7, "x", key=key))) for key in keys]
+    assert len(set(found)) == 4
+    assert found == [tuple(first(seeds.secret_generator(7, "x", key=key))) for key in keys]
 
 
 def test_the_key_is_made_once_and_for_its_owner_only() -> None:
@@ -97,6 +100,26 @@ def test_the_key_is_made_once_and_for_its_owner_only() -> None:
     made = list(seeds.home().iterdir())
     assert [path.name for path in made] == ["secret.key"]
     assert stat.S_IMODE(made[0].stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("text", ["11", "zz" * 32, "11" * 31, "11" * 33, " " * 64])
+def test_a_variable_that_holds_no_key_is_refused(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDSIM_SECRET_KEY", text)
+    with pytest.raises(ValueError, match="FEDSIM_SECRET_KEY must be 64 hexadecimal digits") as told:
+        seeds.secret_generator(7, "noise")
+    assert text not in str(told.value)
+
+
+@pytest.mark.parametrize("size", [0, 16, 64])
+def test_a_file_that_holds_no_key_is_refused(size: int) -> None:
+    """An empty one, of a disk that was full, would have been everybody's key."""
+    path = seeds.home() / "secret.key"
+    path.parent.mkdir()
+    path.write_bytes(b"a" * size)
+    with pytest.raises(ValueError, match=f"secret.key must hold 32 bytes, and holds {size}"):
+        seeds.secret_bytes(7, "noise", run_id=5)
 
 
 def test_the_key_of_the_process_that_was_first_stands(monkeypatch: pytest.MonkeyPatch) -> None:

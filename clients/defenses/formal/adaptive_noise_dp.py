@@ -32,7 +32,7 @@ from pydantic import Field
 from clients.defenses.perturbation.clip import Norm, clipped, global_norm
 from clients.defenses.toy import RATIO_ATTACK
 from clients.ledger import NoisedUpdate, rounds_done
-from clients.noise import noised
+from clients.noise import Std, noised
 from fedsim.accounting import Release, Releases
 from fedsim.attack import Paper, ToyCase
 from fedsim.defense import ClientContext, Privacy, Rank, Tensors, TrainingPlan
@@ -89,10 +89,10 @@ class AdaptiveNoiseDP(NoisedUpdate):
     adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {"federation.rounds": 4}
 
     norm: Norm = 1.0
-    sigma: Annotated[float, Field(gt=0)] = 2.0
+    sigma: Std = 2.0
     decay: Annotated[float, Field(gt=0, le=1)] = 0.95
-    least: Annotated[float, Field(gt=0)] = 0.5
-    norm_sigma: Annotated[float, Field(gt=0)] = 2.0
+    least: Std = 0.5
+    norm_sigma: Std = 2.0
     headroom: Annotated[float, Field(gt=1)] = 1.25
     rate: Annotated[float, Field(gt=0)] = 0.2
 

@@ -34,8 +34,9 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 from pydantic import Field
 
-from clients.defenses.perturbation.clip import Norm
+from clients.defenses.perturbation.clip import LEAST_NORM, MOST_NORM, Norm
 from clients.defenses.toy import RATIO_ATTACK
+from clients.noise import StdOrNone
 from fedsim.accounting import Release, check_delta, epsilon
 from fedsim.attack import Paper, Setting, ToyCase
 from fedsim.defense import Defense, Place, Privacy, Rank, ServerContext, TrainingPlan
@@ -98,20 +99,26 @@ class CentralDP(Defense):
     adversary: ClassVar[str] = "bayes(iterations=200, tv=0.1, defense='laplace(scale=0.005)')"
 
     norm: Norm = 1.0
-    sigma: Annotated[float, Field(ge=0)] = 1.0
+    sigma: StdOrNone = 1.0
     adaptive: bool = False
     quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    rate: Annotated[float, Field(gt=0)] = 0.2
+    rate: Annotated[float, Field(gt=0, le=10)] = 0.2
     relation: Literal["add-or-remove-one", "replace-one"] = "add-or-remove-one"
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
 
     def check_setting(self, setting: Setting) -> None:
-        """Refuse a channel behind which the server has no single update to clip."""
+        """Refuse a channel behind which the server has no single client's update to clip."""
         check_delta(self.delta, setting.clients, "client")
         if setting.channel.aggregates:
             raise ValueError(
                 f"behind {setting.channel.name} the server gets sums, and cannot clip what is in "
                 "them; clients must: local-dp, distributed-dp, or channel = 'plain'"
+            )
+        if setting.channel.mixes:
+            raise ValueError(
+                f"behind {setting.channel.name} each upload is of several clients, and each client "
+                "in several: clipping uploads bounds nobody's part by norm; clients must clip "
+                "before they mix (local-dp), or channel = 'plain'"
             )
 
     def strategy(self, inner: Strategy, ctx: ServerContext) -> Strategy:
@@ -137,9 +144,9 @@ class CentralDP(Defense):
         ``z^-2 = z_sum^-2 + (2 sigma_b)^-2`` (Andrew et al., Theorem 1): a count of updates, each
         counted as 1/2 or -1/2, has a sensitivity of 1/2.
         """
-        if not self.adaptive or not self.sigma:
+        if not self.adaptive:
             return self.sigma
-        return 1 / math.sqrt(self.sigma**-2 - (2 * self.count_noise(cohort)) ** -2)
+        return self.sigma / math.sqrt(1 - (self.sigma / (2 * self.count_noise(cohort))) ** 2)
 
     def privacy(
         self,
@@ -218,11 +225,12 @@ class CentralServer(Wrapper):
         return total, short
 
     def _adapt(self, centered: float, generator: torch.Generator) -> None:
-        """Move ``S`` by the noised share of updates that it leaves alone."""
+        """Move ``S`` by the noised share of updates that it leaves alone, within what may be."""
         count_noise = self.defense.count_noise(self.ctx.cohort) if self.defense.sigma else 0.0
-        noise = count_noise * float(torch.randn((), generator=generator))
+        noise = count_noise * float(torch.randn((), generator=generator, dtype=torch.float64))
         share = (centered + noise) / self.ctx.cohort + 0.5
-        self.norm *= math.exp(-self.defense.rate * (share - self.defense.quantile))
+        moved = math.log(self.norm) - self.defense.rate * (share - self.defense.quantile)
+        self.norm = math.exp(min(max(moved, math.log(LEAST_NORM)), math.log(MOST_NORM)))
 
     def _tell(self, replies: int, short: int, norm: float, std: float) -> None:
         self.rounds, self.seen = self.rounds + 1, self.seen + replies

@@ -25,7 +25,7 @@ from pydantic import Field
 from clients.defenses.perturbation.clip import Norm, clipped
 from clients.defenses.toy import RATIO_ATTACK
 from clients.ledger import NoisedUpdate
-from clients.noise import noised
+from clients.noise import Std, noised
 from fedsim.accounting import Release, Releases
 from fedsim.attack import Paper, Setting, ToyCase
 from fedsim.defense import ClientContext, Privacy, Rank, Tensors, TrainingPlan
@@ -82,7 +82,7 @@ class DistributedDP(NoisedUpdate):
     of_sums: ClassVar[bool] = True
 
     norm: Norm = 1.0
-    sigma: Annotated[float, Field(gt=0)] = 0.1
+    sigma: Std = 0.1
     cohort: Annotated[int, Field(ge=2)] = 8
 
     @property

@@ -16,12 +16,11 @@ the sum over 100 clients by 99.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
-
-from pydantic import Field
+from typing import ClassVar
 
 from clients.defenses.perturbation.clip import Norm
 from clients.defenses.toy import IMPRINTED
+from clients.noise import StdOrNone
 from clients.noised_sum import NoisedSum, norms_of, scaled
 from fedsim.attack import Paper, ToyCase
 from fedsim.defense import Privacy, Rank, Tensors, TrainingPlan
@@ -61,7 +60,7 @@ class FedCDP(NoisedSum):
     adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {"federation.rounds": 4}
 
     norm: Norm = 4.0
-    sigma: Annotated[float, Field(ge=0)] = 6.0
+    sigma: StdOrNone = 6.0
 
     def clip(self, gradients: Tensors) -> Tensors:
         """Clip each array by itself."""

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from clients.defenses.toy import RATIO_ATTACK
 from clients.ledger import record, released
-from clients.noise import noised
+from clients.noise import Std, noised
 from fedsim.accounting import Release, check_delta
 from fedsim.accounting import epsilon as total
 from fedsim.attack import Paper, Setting, ToyCase
@@ -71,7 +71,7 @@ class Gaussian(Defense):
     )
     adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {"federation.rounds": 4}
 
-    std: Annotated[float, Field(gt=0)] = 1e-3
+    std: Std = 1e-3
     at: Place = "update"
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
 

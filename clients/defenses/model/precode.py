@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from clients.defenses.model.network import classifier, replace
-from clients.noise import noised
+from clients.noise import StdOrNone, noised
 from fedsim.attack import Paper, ToyCase
 from fedsim.data import DataSpec
 from fedsim.defense import Batch, ClientContext, Defense, Place, Rank, Tensors
@@ -176,7 +176,7 @@ class Precode(Defense):
 
     bottleneck: Annotated[int, Field(gt=0)] = 256
     beta: Annotated[float, Field(ge=0)] = 1e-3
-    upstream_std: Annotated[float, Field(ge=0)] = 0.0
+    upstream_std: StdOrNone = 0.0
 
     def architecture(self, model: str) -> str:
         """Return the network with the bottleneck in it."""

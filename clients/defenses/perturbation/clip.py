@@ -20,7 +20,8 @@ from fedsim.defense import ClientContext, Defense, Place, Rank, Tensors
 from fedsim.registry import register
 
 #: A norm that bounds: its square, and what noise is beside it, must stay within float32.
-Norm = Annotated[float, Field(ge=1e-15, le=1e15)]
+LEAST_NORM, MOST_NORM = 1e-15, 1e15
+Norm = Annotated[float, Field(ge=LEAST_NORM, le=MOST_NORM)]
 
 
 @register("defense", "clip")

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from clients.defenses.aside import gradient_of, the_step
 from clients.defenses.toy import RATIO_ATTACK
-from clients.noise import normal
+from clients.noise import Std, normal
 from fedsim.attack import Paper, ToyCase
 from fedsim.defense import Batch, ClientContext, Defense, Rank, Tensors
 from fedsim.registry import register
@@ -91,7 +91,7 @@ class GradDefense(Defense):
 
     slices: Annotated[int, Field(ge=1)] = 10
     perturbed: Annotated[int, Field(ge=1)] = 5
-    scale: Annotated[float, Field(gt=0)] = 0.01
+    scale: Std = 0.01
     projection: Literal["normal", "ones"] = "normal"
 
     def __post_init__(self) -> None:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from clients.defenses.aside import the_step
 from clients.defenses.toy import RATIO_ATTACK
-from clients.noise import normal
+from clients.noise import StdOrNone, normal
 from fedsim.attack import Paper, ToyCase
 from fedsim.defense import ClientContext, Defense, Place, Rank, Tensors
 from fedsim.registry import register
@@ -96,7 +96,7 @@ class Outpost(Defense):
     beta: Annotated[float, Field(ge=0)] = 0.125
     phi: Percent = 40.0
     prune: Percent = 80.0
-    noise: Annotated[float, Field(ge=0)] = 0.8
+    noise: StdOrNone = 0.8
     spread: Literal["product", "root"] = "product"
     count: Literal["round", "run"] = "round"
 

@@ -44,7 +44,7 @@ from clients.defenses.perturbation.clip import Norm, clipped
 from clients.defenses.perturbation.sparse import tell_sparsity
 from clients.defenses.toy import RATIO_ATTACK
 from clients.ledger import NoisedUpdate
-from clients.noise import noised
+from clients.noise import Std, noised
 from fedsim.accounting import Release, Releases
 from fedsim.attack import Paper, Setting, ToyCase
 from fedsim.defense import (
@@ -115,7 +115,7 @@ class SoteriaFL(NoisedUpdate):
     adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {"federation.rounds": 40}
 
     norm: Norm = 1.0
-    std: Annotated[float, Field(gt=0)] = 0.01
+    std: Std = 0.01
     keep: Annotated[float, Field(gt=0, le=1)] = 0.05
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-3  # the authors'
 
