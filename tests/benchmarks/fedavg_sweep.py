@@ -10,7 +10,7 @@ model C and with the same rule for labels.  Cheap cells come first, and the page
 each row.  Finished cells are kept in ``--out``, one file each, so that the command goes on where it
 stopped; delete them when an attack changes.  More local steps than ``--simulate-up-to`` are not
 simulated: an iteration costs as many gradients as there are steps; ``rog``, which rehearses on
-surrogates too, goes to a quarter of them.
+surrogates too, goes to a fifth of them.
 """
 
 import argparse
@@ -52,7 +52,7 @@ ATTACKS = {
 # All others do with C; this one trains on images like the clients'.
 WITH_SURROGATES = {"rog"}
 # Those that go through the local steps, and how much dearer a step is for them.
-SIMULATING = {"inverting-gradients, simulated": 1, "fedavg-leakage": 1, "rog": 4}
+SIMULATING = {"inverting-gradients, simulated": 1, "fedavg-leakage": 1, "rog": 5}
 HEAD = """# Local training, by epochs and batch size
 
 {images} images of each of {clients} client(s) ({data}), `{model}`, untrained, rate {rate},
