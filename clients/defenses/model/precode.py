@@ -197,6 +197,11 @@ class Precode(Defense):
         before = {name: update[name] for name in names[:first]}
         return {**update, **noised(before, self.upstream_std, generator)}
 
+    @property
+    def noises(self) -> Place | None:
+        """The upload, if anything."""
+        return "update" if self.upstream_std else None
+
     def norm_bound(self, at: Place, entering: float | None) -> float | None:
         """Return None where noise is added: it has no bound."""
         return None if self.upstream_std and at == "update" else entering
