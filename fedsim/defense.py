@@ -231,6 +231,9 @@ class Defense:
     adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {}
     #: Whether this defense must change uploads; a detector or a data defense need not.
     changes_upload: ClassVar[bool] = True
+    #: Whether it says by itself (``Effect.changed``) when the network that it had everybody train
+    #: comes to anything; that of others always does.
+    tells_of_network: ClassVar[bool] = False
     #: Whether its guarantee is of a sum over clients: there is none where uploads are read singly,
     #: or where another defense changes them before they are added.
     of_sums: ClassVar[bool] = False
