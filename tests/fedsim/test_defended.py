@@ -161,6 +161,22 @@ def test_a_chain_that_breaks_its_own_guarantee_is_refused(
 
 
 @pytest.mark.parametrize(
+    "argument",
+    [
+        "cvb(beta)", "dcs2(lambda_x)", "dcs2(lr)", "giande(feature_weight)", "obscure(beta)",
+        "obscure(lr)", "precode-network(beta)", "refiner(beta)", "refiner(lr)", "spn(polarization)",
+    ],
+)  # fmt: skip
+def test_a_weight_or_a_step_that_leaves_float32_is_refused(argument: str, tmp_path: Path) -> None:
+    largest, beyond = (argument.replace("-network", "").replace(")", f"={v})") for v in (1e6, 1e7))
+    changes = {"model.name": "convnet(width=8)", "threat-model": "B"}
+    check(Parts(scenario(tmp_path, {**changes, "defenses": largest})))
+    with pytest.raises(ScenarioError, match="at most 1000000") as refused:
+        check(Parts(scenario(tmp_path, {**changes, "defenses": beyond})))
+    assert argument in str(refused.value)
+
+
+@pytest.mark.parametrize(
     "chain",
     [
         "clip | gaussian",

@@ -98,7 +98,7 @@ def precode_network(
     *,
     of: str,
     units: Annotated[int, Field(gt=0)] = 256,
-    beta: Annotated[float, Field(ge=0)] = 1e-3,
+    beta: Annotated[float, Field(ge=0, le=1e6)] = 1e-3,
 ) -> nn.Module:
     """Put PRECODE's bottleneck before a network's last fully connected layer.
 
