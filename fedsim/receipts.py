@@ -29,7 +29,7 @@ def measured_update(
     if result is not value:
         for name, after in result.items():
             before = value.get(name, after)
-            if start is None:
+            if start is None or name not in start:
                 effect.changed |= _differs(before, after)
             else:
                 effect.changed |= _differs(start[name] + before, start[name] + after)
