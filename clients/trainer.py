@@ -124,7 +124,7 @@ class FedAvg(Local):
             optimizer.step()
             ctx.step += 1
         clean = ctx.public_part({n: p.detach() - before[n] for n, p in parameters.items()})
-        update = upload_transformed(clean, defenses, ctx)
+        update = upload_transformed(clean, defenses, ctx, before)
         changed = any(update[name] is not clean[name] for name in clean)
         after = {
             name: before[name] + update[name] if changed else parameters[name].detach()
@@ -231,8 +231,11 @@ def batch_gradient(
     return dict(zip(parameters, gradients, strict=True))
 
 
-def upload_transformed(update: Tensors, defenses: Sequence[Defense], ctx: ClientContext) -> Tensors:
-    """Let each defense change what is uploaded."""
+def upload_transformed(
+    update: Tensors, defenses: Sequence[Defense], ctx: ClientContext, start: Tensors | None = None
+) -> Tensors:
+    """Let each defense change what is uploaded: the update, or what it makes of ``start``."""
     for defense in defenses:
-        update = measured_update(ctx.effect(defense), defense.transform_update, update, ctx)
+        effect = ctx.effect(defense)
+        update = measured_update(effect, defense.transform_update, update, ctx, start)
     return update

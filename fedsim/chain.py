@@ -2,11 +2,16 @@
 
 from itertools import combinations, pairwise
 
-from fedsim.defense import BELONGS_BEFORE, Defense, Rank, changes_uploads
+from fedsim.defense import BELONGS_BEFORE, Defense, Rank, changes_uploads, has
 from fedsim.errors import ScenarioError
 
 Chain = tuple[Defense, ...]
 _ACT_IN_TURN = ("gradient", "update")
+#: Hooks of which one defense alone can have its way, and what comes of two.
+_ONE_WAY = {
+    ("gradients", "loss"): "compute the gradient in a way of their own, and only one would act",
+    ("sampler",): "choose the batches, and the later one knows nothing of what the first chose",
+}
 
 
 def check_chain(defenses: Chain, text: str) -> None:
@@ -25,6 +30,7 @@ def check_chain(defenses: Chain, text: str) -> None:
     if twice := {name for name in names if names.count(name) > 1}:
         raise ScenarioError("defenses", text, f"{min(twice)} stands there twice")
     _check_one_way(defenses, text)
+    _check_replaced(defenses, text)
     _check_clipping(defenses, text)
     _check_sealed(defenses, text)
 
@@ -37,7 +43,9 @@ def _check_clipping(defenses: Chain, text: str) -> None:
             continue
         remedy = f"{clipping.name} would clip the {later} after {noising.name} noised "
         remedy += f"the {earlier}: {BELONGS_BEFORE[Rank.CLIP]}; "
-        if earlier == later:
+        if noising.rank < clipping.rank:  # nor may they change places
+            remedy += "leave one out"
+        elif earlier == later:
             remedy += f"write {clipping.name} before {noising.name}, or leave one out"
         else:
             remedy += f"clip where the noise is, at='{earlier}', or leave one out"
@@ -47,22 +55,33 @@ def _check_clipping(defenses: Chain, text: str) -> None:
 def _check_sealed(defenses: Chain, text: str) -> None:
     """Refuse who would change an upload, here or at the server, that must arrive as it is."""
     for first, second in combinations(defenses, 2):
-        acts = changes_uploads(second) or type(second).strategy is not Defense.strategy
+        acts = changes_uploads(second) or has(second, "strategy")
         if first.seals and acts:
             remedy = f"{second.name} must not follow {first.name}: {first.seals}"
             raise ScenarioError("defenses", text, remedy)
 
 
-def _check_one_way(defenses: tuple[Defense, ...], text: str) -> None:
-    """Refuse two ways to one gradient: of two losses, or a loss and a gradient, one is ignored."""
-    ways = [
-        defense.name
-        for defense in defenses
-        if type(defense).gradients is not Defense.gradients
-        or type(defense).loss is not Defense.loss
-    ]
-    if len(ways) > 1:
-        remedy = (
-            f"{ways[0]} and {ways[1]} each compute the gradient in a way of their own, and only "
-        )
-        raise ScenarioError("defenses", text, f"{remedy}one would act; leave one out")
+def _check_one_way(defenses: Chain, text: str) -> None:
+    """Refuse two ways where there is one: two losses, a loss and a gradient, two samplers."""
+    for hooks, outcome in _ONE_WAY.items():
+        ways = [d.name for d in defenses if any(has(d, hook) for hook in hooks)]
+        if len(ways) > 1:
+            remedy = f"{ways[0]} and {ways[1]} each {outcome}; leave one out"
+            raise ScenarioError("defenses", text, remedy)
+
+
+def _check_replaced(defenses: Chain, text: str) -> None:
+    """Refuse to make a gradient, or to change it, for who keeps nothing of it.
+
+    Who makes it in a way of its own acts first, wherever it is written.
+    """
+    for place, last in enumerate(defenses):
+        if not last.replaces_gradient:
+            continue
+        made = [d.name for d in defenses if has(d, "gradients")]
+        changed = [d.name for d in defenses[:place] if has(d, "transform_gradient")]
+        if made or changed:
+            remedy = f"{last.name} would throw away what {(made + changed)[0]} did: it replaces "
+            remedy += "the gradient, and is sound on the true one alone; "
+            remedy += "leave one out" if made else f"write {last.name} before {changed[0]}"
+            raise ScenarioError("defenses", text, remedy)

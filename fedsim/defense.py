@@ -231,6 +231,9 @@ class Defense:
     adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {}
     #: Whether this defense must change uploads; a detector or a data defense need not.
     changes_upload: ClassVar[bool] = True
+    #: Whether it says by itself (``Effect.changed``) when the network that it had everybody train
+    #: comes to anything; that of others always does.
+    tells_of_network: ClassVar[bool] = False
     #: Whether its guarantee is of a sum over clients: there is none where uploads are read singly,
     #: or where another defense changes them before they are added.
     of_sums: ClassVar[bool] = False
@@ -239,12 +242,15 @@ class Defense:
     reads_model: ClassVar[bool] = False
     #: Its place in a chain.
     rank: ClassVar[Rank] = Rank.CHECK
+    #: Whether its ``transform_gradient`` keeps nothing of what others made of the gradient: none
+    #: may have done so before it.
+    replaces_gradient: ClassVar[bool] = False
     #: Why nothing after it may change its uploads, at the client or the server; "" where all may.
     seals: ClassVar[str] = ""
 
     @property
     def noises(self) -> Place | None:
-        """Where it adds noise to what others made; who makes the gradient itself is not asked."""
+        """Where it adds noise; who makes the gradient itself (``gradients``) is not asked."""
         return None
 
     @property
@@ -424,9 +430,14 @@ def guarantees(
     }
 
 
+def has(defense: Defense, hook: str) -> bool:
+    """Say whether a defense has a hook of its own."""
+    return getattr(type(defense), hook) is not getattr(Defense, hook)
+
+
 def changes_uploads(defense: Defense) -> bool:
     """Say whether a defense acts on what is uploaded, at the client."""
-    return type(defense).transform_update is not Defense.transform_update
+    return has(defense, "transform_update")
 
 
 def norm_bounds(

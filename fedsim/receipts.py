@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 
 from fedsim import registry
 from fedsim.defense import Batch, ClientContext, Defense, Effect, Tensors
@@ -18,13 +18,21 @@ def measured_update(
     hook: Callable[[Tensors, ClientContext], Tensors],
     value: Tensors,
     ctx: ClientContext,
+    start: Tensors | None = None,
 ) -> Tensors:
-    """Apply a hook on a gradient or an update, and add what it did to ``effect``."""
+    """Apply a hook on a gradient or an update, and add what it did to ``effect``.
+
+    ``start`` is what an update is added to before it is sent: what is rounded away there is no
+    change.
+    """
     result: Tensors = _timed(effect, hook, value, ctx)
     if result is not value:
         for name, after in result.items():
             before = value.get(name, after)
-            effect.changed |= before is not after and not torch.equal(before, after)
+            if start is None or name not in start:
+                effect.changed |= _differs(before, after)
+            else:
+                effect.changed |= _differs(start[name] + before, start[name] + after)
             effect.dot += float(torch.sum(before * after))
             effect.before += float(torch.sum(before * before))
             effect.after += float(torch.sum(after * after))
@@ -91,13 +99,15 @@ def _tensors(model: nn.Module) -> Tensors:
 def in_network(defense: Defense, base: str, sent: str) -> bool:
     """Say whether the network that was sent has in it what a defense makes of the scenario's.
 
+    False for one that tells by itself when that network comes to anything.
+
     Parameters
     ----------
     defense : Defense
     base, sent : str
         Model expressions: the scenario's, and the one to train.
     """
-    made = defense.architecture(base)
+    made = base if defense.tells_of_network else defense.architecture(base)
     return made != base and registry.parse(made, "model.name")[0].name in sent
 
 
@@ -138,8 +148,20 @@ def measured_batch(
 ) -> Batch:
     """Apply a hook on a batch, and note in ``effect`` whether it changed anything."""
     result: Batch = _timed(effect, hook, batch, ctx)
-    effect.changed |= any(_differs(a, b) for a, b in zip(batch, result, strict=True))
+    effect.changed |= _differs(batch[0], result[0]) or _labeled_otherwise(batch[1], result[1])
     return result
+
+
+def _labeled_otherwise(before: Tensor, after: Tensor) -> bool:
+    """Say whether labels ``[B]`` or ``[B, K]`` are others, by more than a probability's rounding.
+
+    The gradient has them beside probabilities; what is rounded away there is no change.
+    """
+    if after.is_floating_point() and before.shape == after.shape[:1]:
+        before = one_hot(before, after.shape[1]).to(after)
+    if not after.is_floating_point() or before.shape != after.shape:
+        return _differs(before, after)
+    return not bool(((after - before).abs() <= torch.finfo(after.dtype).eps).all())
 
 
 def _differs(before: Tensor, after: Tensor) -> bool:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
 from clients.defenses.learning.ats import TRANSFORMS, Ats, transformed
@@ -88,12 +89,21 @@ def test_who_knows_the_policy_undoes_it() -> None:
     assert min(errors) < 1e-6
 
 
-def test_a_chosen_policy_tells_less_than_the_image_itself() -> None:
-    """``S_pri``: how like x's gradient that of a noisy x already is; photographs, small network."""
-    images, labels = load_dataset("photo-tiles").train.batch(torch.arange(16))
+def test_chosen_policies_tell_less_than_the_image_itself_but_for_one() -> None:
+    """``S_pri``: how like x's gradient that of a noisy x already is; photographs, small network.
+
+    Of 2,200 tiles it is 0.678 for the images and 0.677 for ``43-18-18``: hardly anything.
+    """
+    images, labels = load_dataset("photo-tiles").train.batch(torch.arange(0, 2256, 47))
     plain = privacy_score(images, labels)
-    shown, _ = Ats(policies="3-1-7").transform_batch((images, labels), context())
-    assert privacy_score(shown, labels) < plain
+    lower = {}
+    for policies in ("3-1-7", "3-1-7+43-18-18", "43-18-18"):
+        shown, _ = Ats(policies=policies).transform_batch((images, labels), context())
+        lower[policies] = plain - privacy_score(shown, labels)
+    print(plain, lower)
+    assert lower["3-1-7"] > 0.01
+    assert lower["3-1-7+43-18-18"] > 0.005
+    assert abs(lower["43-18-18"]) < 0.005
 
 
 def privacy_score(images: Tensor, labels: Tensor) -> float:
@@ -104,16 +114,17 @@ def privacy_score(images: Tensor, labels: Tensor) -> float:
             nn.Flatten(), nn.Linear(1024, 10),
         )  # fmt: skip
         noise = torch.randn_like(images)
-    total = 0.0
-    for image, label, start in zip(images, labels, noise, strict=True):
-        path = [(t / 20) * image + (1 - t / 20) * start for t in range(21)]
-        gradients = [flat_gradient(model, shown, label) for shown in path]
-        cosines = [torch.cosine_similarity(g, gradients[-1], dim=0) for g in gradients[:-1]]
-        total += float(torch.stack(cosines).mean())
-    return total / len(images)
 
+    def loss(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        logits = functional_call(model, parameters, (image.unsqueeze(0),))
+        return cross_entropy(logits, label.unsqueeze(0))
 
-def flat_gradient(model: nn.Module, image: Tensor, label: Tensor) -> Tensor:
-    loss = cross_entropy(model(image.unsqueeze(0)), label.unsqueeze(0))
-    found = torch.autograd.grad(loss, list(model.parameters()))
-    return torch.cat([g.flatten() for g in found])
+    def flat_gradients(shown: Tensor) -> Tensor:
+        gradients = vmap(grad(loss), (None, 0, 0))(parameters, shown, labels)
+        return torch.cat([g.flatten(1) for g in gradients.values()], dim=1)
+
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    last = flat_gradients(images)
+    path = [(t / 20) * images + (1 - t / 20) * noise for t in range(20)]
+    cosines = [torch.cosine_similarity(flat_gradients(shown), last) for shown in path]
+    return float(torch.stack(cosines).mean())

@@ -30,7 +30,8 @@ CHAINS: list[Sequence[Defense]] = [
     (MixUp(), Oasis()),
     (Oasis(), MixUp()),
     (Oasis(), Giande(), LabelSmoothing()),
-    (LabelBased(repeats=2), InstaHide()),
+    (InstaHide(), LabelSmoothing()),
+    (LabelBased(repeats=2), Oasis()),
 ]
 HELD = Split(images(20).float(), torch.arange(20) % 5)
 

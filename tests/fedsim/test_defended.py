@@ -138,6 +138,19 @@ def test_what_the_server_does_itself_stands_between_uploads_and_average(tmp_path
         ("soteriafl | gaussian", "gaussian must not follow soteriafl"),
         ("soteriafl | central-dp", "central-dp must not follow soteriafl"),
         ("local-dp | dpfl", "dpfl must come before local-dp: it makes the gradient"),
+        ("graddefense | clip(at='gradient')", "clip would clip the gradient after graddefense"),
+        ("graddefense | clip", "after graddefense noised the gradient: .* biases; leave one out$"),
+        ("dpfl | clip", "after dpfl noised the update: .* biases; leave one out$"),
+        ("precode(upstream_std=0.1) | clip", "clip would clip the update after precode noised"),
+        ("graddefense | censor", "censor would throw away what graddefense .* write censor before"),
+        ("soteria | censor", "censor would throw away what soteria did"),
+        ("dcs2 | censor", "censor would throw away what dcs2 did: .* alone; leave one out$"),
+        ("censor | dcs2", "censor would throw away what dcs2 did"),
+        ("gradient-mixing | label-based", "gradient-mixing and label-based each choose"),
+        ("gradient-mixing | mixup", "gradient-mixing and mixup each choose the batches"),
+        ("mixup | gradient-mixing", "each choose the batches"),
+        ("mixup(k=4) | label-based(repeats=3)", "each choose the batches"),
+        ("mixup(k=4) | dp-sgd", "mixup and dp-sgd each choose the batches"),
     ],
 )
 def test_a_chain_that_breaks_its_own_guarantee_is_refused(
@@ -145,6 +158,22 @@ def test_a_chain_that_breaks_its_own_guarantee_is_refused(
 ) -> None:
     with pytest.raises(ScenarioError, match=said):
         check(Parts(scenario(tmp_path, {"defenses": chain, "threat-model": "B"})))
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "cvb(beta)", "dcs2(lambda_x)", "dcs2(lr)", "giande(feature_weight)", "obscure(beta)",
+        "obscure(lr)", "precode-network(beta)", "refiner(beta)", "refiner(lr)", "spn(polarization)",
+    ],
+)  # fmt: skip
+def test_a_weight_or_a_step_that_leaves_float32_is_refused(argument: str, tmp_path: Path) -> None:
+    largest, beyond = (argument.replace("-network", "").replace(")", f"={v})") for v in (1e6, 1e7))
+    changes = {"model.name": "convnet(width=8)", "threat-model": "B"}
+    check(Parts(scenario(tmp_path, {**changes, "defenses": largest})))
+    with pytest.raises(ScenarioError, match="at most 1000000") as refused:
+        check(Parts(scenario(tmp_path, {**changes, "defenses": beyond})))
+    assert argument in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +185,10 @@ def test_a_chain_that_breaks_its_own_guarantee_is_refused(
         "clip | local-dp | gaussian | prune | quantize",
         "dp-sgd | clip | gaussian",
         "self-audit | clip | soteriafl",
+        "clip(at='gradient') | outpost",
+        "censor | graddefense | prune",
+        "precode | clip | gaussian",
+        "oasis | mixup | label-smoothing | soteria",
     ],
 )
 def test_clipping_before_noise_and_compressing_after_it_are_in_order(

@@ -73,13 +73,26 @@ def test_a_batch_is_changed_if_its_images_or_labels_are() -> None:
         "equal": (lambda b, ctx: (b[0].clone(), b[1].clone()), False),
         "images": (lambda b, ctx: (b[0] + 1, b[1]), True),
         "labels": (lambda b, ctx: (b[0], b[1] + 1), True),
-        "soft labels": (lambda b, ctx: (b[0], torch.eye(3)[b[1]]), True),
+        "one-hot labels": (lambda b, ctx: (b[0], torch.eye(3)[b[1]]), False),
+        "soft labels": (lambda b, ctx: (b[0], 0.9 * torch.eye(3)[b[1]] + 0.1 / 3), True),
+        "rounded away": (lambda b, ctx: (b[0], torch.eye(3)[b[1]] + 1e-9), False),
+        "not finite": (lambda b, ctx: (b[0], torch.eye(3)[b[1]] / 0), True),
+        "another soft batch": (lambda b, ctx: (b[0], torch.eye(3)), True),
         "larger batch": (lambda b, ctx: (b[0].repeat(2, 1, 1, 1), b[1].repeat(2)), True),
     }
     for hook, changed in changes.values():
         effect = Effect()
         measured_batch(effect, hook, batch, CTX)
         assert effect.changed == changed
+
+
+def test_an_update_that_is_rounded_away_where_it_is_added_is_no_change() -> None:
+    for by, changed in {1e-9: False, 1e-3: True}.items():
+        for start in (None, {name: torch.ones_like(t) for name, t in UPDATE.items()}):
+            effect = Effect()
+            tiny = {name: t + by * (t == 0) for name, t in UPDATE.items()}
+            measured_update(effect, lambda update, ctx, tiny=tiny: tiny, UPDATE, CTX, start)
+            assert effect.changed == (changed or start is None)
 
 
 MODEL: Any = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
@@ -166,13 +179,14 @@ def test_a_sampler_changes_if_its_batches_are_others(hook: Any, changed: bool) -
         ("pefl", "precode-network(of=\"pefl-network(of='mlp')\")", True),
         ("pefl", "mlp", False),  # whoever sent it took the defense out
         ("clip", "mlp", False),
+        ("dropout", "dropout-network(of='mlp')", False),  # it tells what was dropped
     ],
 )
 def test_a_defense_in_the_network_is_there_if_the_network_sent_has_it(
     name: str, sent: str, there: bool
 ) -> None:
     defense = components("defense")[name]
-    assert in_network(defense() if name == "pefl" else defense(norm=1.0), "mlp", sent) == there
+    assert in_network(defense(), "mlp", sent) == there
 
 
 # -- in a run -----------------------------------------------------------------------------------
@@ -299,6 +313,23 @@ def test_what_a_defense_does_before_the_gradient_is_seen(defense: str, tmp_path:
         changes |= {"model.name": "convnet(width=8, norm='batch')", "model.batchnorm": "private"}
     ran = federated(tmp_path, changes)
     assert [record.receipts[0]["changed"] for record in ran.vault] == [True, True]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"defenses": "label-smoothing(amount=1e-8)"},
+        {"defenses": "dropout(p=1e-9)", "model.batchnorm": "private"},
+        {"defenses": "gaussian(std=1e-30)", "federation.local": "fedavg(batch_size=32)"},
+    ],
+    ids=lambda changes: changes["defenses"],
+)
+def test_what_leaves_uploads_as_they_are_fails_the_run(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    small = {"federation.clients": 2, "model.name": "mlp(hidden=[8, 8])", "attack": "none"}
+    with pytest.raises(RunFailed, match="is switched on and changed 0/2 uploads"):
+        run_inline(scenario(tmp_path, {**small, **changes}), "a test")
 
 
 @pytest.mark.parametrize("local", ["fedsgd(batch_size=4)", "fedavg(batch_size=32)"])

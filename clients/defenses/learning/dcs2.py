@@ -42,7 +42,7 @@ from fedsim.defense import Batch, ClientContext, Defense, Rank, Tensors
 from fedsim.registry import register
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
 
 
 @register("defense", "dcs2")
@@ -100,7 +100,7 @@ class DCS2(Defense):
     adversary: ClassVar[str] = "unrolling"
 
     iterations: Annotated[int, Field(ge=1)] = 20
-    lr: Annotated[float, Field(gt=0)] = 0.1
+    lr: Annotated[float, Field(gt=0, le=1e6)] = 0.1
     lambda_y: Share = 0.7
     lambda_x: Weight = 0.01
     lambda_z: Weight = 0.01

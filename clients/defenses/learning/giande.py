@@ -89,7 +89,7 @@ class Giande(Defense):
     twin: Literal["mix", "reverse"] = "mix"
     alpha: Annotated[float, Field(gt=0, lt=1)] = 0.2
     features: str = ""
-    feature_weight: Annotated[float, Field(gt=0)] = 1e-3
+    feature_weight: Annotated[float, Field(gt=0, le=1e6)] = 1e-3
 
     def check(self, model: nn.Module, kind: str) -> None:  # noqa: ARG002
         """Refuse a model without the module that ``features`` names."""

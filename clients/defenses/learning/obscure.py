@@ -82,8 +82,8 @@ class Obscure(Defense):
 
     per: Annotated[int, Field(ge=1)] = 1
     iterations: Annotated[int, Field(ge=1)] = 50
-    lr: Annotated[float, Field(gt=0)] = 0.05
-    beta: Annotated[float, Field(ge=0)] = 0.1
+    lr: Annotated[float, Field(gt=0, le=1e6)] = 0.05
+    beta: Annotated[float, Field(ge=0, le=1e6)] = 0.1
     reach: Annotated[float, Field(gt=0)] = 0.3
 
     def check(self, model: nn.Module, kind: str) -> None:  # noqa: ARG002

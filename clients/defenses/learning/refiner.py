@@ -84,9 +84,9 @@ class Refiner(Defense):
     adversary: ClassVar[str] = "stand-in-inversion(defense='refiner(beta=1.0)')"
 
     iterations: Annotated[int, Field(ge=1)] = 20
-    lr: Annotated[float, Field(gt=0)] = 0.05
+    lr: Annotated[float, Field(gt=0, le=1e6)] = 0.05
     mix: Annotated[float, Field(gt=0, le=1)] = 0.5
-    beta: Annotated[float, Field(ge=0)] = 1.0
+    beta: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     radius: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     def gradients(self, model: nn.Module, batch: Batch, ctx: ClientContext) -> Tensors:

@@ -42,7 +42,7 @@ from fedsim.registry import Expression, register
 CLIP = 5.0
 Reading = Literal["normal", "log-variance"]
 Kernel = Annotated[int, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
 
 
 class ConvolutionalBottleneck(Penalized):

@@ -107,6 +107,7 @@ class Dropout(Defense):
         high=17.0,
     )
     rank: ClassVar[Rank] = Rank.MODEL
+    tells_of_network: ClassVar[bool] = True  # it is the same one as long as nothing is dropped
     strengths: ClassVar[tuple[str, ...]] = (
         "dropout(p=0.1)",
         "dropout(p=0.3)",
@@ -138,14 +139,18 @@ class Dropout(Defense):
 
 
 class Kept:
-    """Keeps the share of inputs other than zero that came through dropout, in ``kept``."""
+    """Keeps the share of inputs other than zero that came through dropout, in ``kept``.
+
+    The client's upload is changed once any input came through as another.
+    """
 
     def __init__(self, effect: Effect) -> None:
-        self.figures = effect.figures
+        self.effect = effect
         self.had, self.kept = 0, 0
 
     def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """Count one layer's inputs."""
         self.had += int(torch.count_nonzero(inputs[0]))
         self.kept += int(torch.count_nonzero(output))
-        self.figures["kept"] = self.kept / max(self.had, 1)
+        self.effect.figures["kept"] = self.kept / max(self.had, 1)
+        self.effect.changed |= not torch.equal(inputs[0], output)

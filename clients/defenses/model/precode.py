@@ -98,7 +98,7 @@ def precode_network(
     *,
     of: str,
     units: Annotated[int, Field(gt=0)] = 256,
-    beta: Annotated[float, Field(ge=0)] = 1e-3,
+    beta: Annotated[float, Field(ge=0, le=1e6)] = 1e-3,
 ) -> nn.Module:
     """Put PRECODE's bottleneck before a network's last fully connected layer.
 
@@ -196,6 +196,11 @@ class Precode(Defense):
         first = next((i for i, name in enumerate(names) if f".{PART}." in name), len(names))
         before = {name: update[name] for name in names[:first]}
         return {**update, **noised(before, self.upstream_std, generator)}
+
+    @property
+    def noises(self) -> Place | None:
+        """The upload, if anything."""
+        return "update" if self.upstream_std else None
 
     def norm_bound(self, at: Place, entering: float | None) -> float | None:
         """Return None where noise is added: it has no bound."""

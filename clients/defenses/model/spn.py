@@ -116,7 +116,7 @@ class SPN(Defense):
     )
     adversary: ClassVar[str] = "joint-inversion(defense='spn', iterations=200, restarts=1, tv=1e-2)"
 
-    polarization: Annotated[float, Field(ge=0)] = 1.0
+    polarization: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     margin: Annotated[float, Field(gt=0)] = 1.0
 
     def check(self, model: nn.Module, kind: str) -> None:  # noqa: ARG002

@@ -17,7 +17,9 @@ it.  What it does not: with exact projection a step changes the loss by nothing 
 that hardly anything is learned.  ``|g|`` of each layer stays readable, ``<u, g> = 0`` is one
 equation for each layer, and which of T directions was chosen tells ``log2 T`` bits.  Uploads of
 the same examples are orthogonal to nearly the same g: averaged, they do not point to it either,
-but what many of them have in common to avoid is g.
+but what many of them have in common to avoid is g.  A defense that makes or changes the gradient
+is refused before it: the direction would be orthogonal to what that one made, not to the truth.
+One that acts behind it moves the upload off orthogonality, by what it changes.
 """
 
 import math
@@ -72,6 +74,7 @@ class Censor(Defense):
         high=14.0,
     )
     rank: ClassVar[Rank] = Rank.GRADIENT
+    replaces_gradient: ClassVar[bool] = True  # by one that is orthogonal to what it was handed
     strengths: ClassVar[tuple[str, ...]] = (
         "censor(trials=20)",
         "censor(trials=5)",

@@ -33,7 +33,7 @@ from clients.defenses.aside import gradient_of, the_step
 from clients.defenses.toy import RATIO_ATTACK
 from clients.noise import Std, normal
 from fedsim.attack import Paper, ToyCase
-from fedsim.defense import Batch, ClientContext, Defense, Rank, Tensors
+from fedsim.defense import Batch, ClientContext, Defense, Place, Rank, Tensors
 from fedsim.registry import register
 
 EDGES = "graddefense.edges"
@@ -121,6 +121,11 @@ class GradDefense(Defense):
         ctx.effect(self).figures["share of entries with noise"] = share
         parts = flat.split([g.numel() for g in gradient.values()])  # type: ignore[no-untyped-call]
         return {n: part.view_as(gradient[n]) for n, part in zip(gradient, parts, strict=True)}
+
+    @property
+    def noises(self) -> Place:
+        """Each step's gradient."""
+        return "gradient"
 
     def sensitivity(
         self, model: nn.Module, batch: Batch, generator: torch.Generator
