@@ -90,7 +90,7 @@ class DPFL(Defense):
     adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {"federation.rounds": 4}
 
     epsilon: Annotated[float, Field(ge=1e-6)] = 10.0
-    alpha: Annotated[float, Field(gt=0)] = 1.0
+    alpha: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     sensitivity: Literal["coordinate", "vector"] = "coordinate"
     activity: Literal["private", "public"] = "private"
 

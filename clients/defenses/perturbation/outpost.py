@@ -89,7 +89,7 @@ class Outpost(Defense):
     )
     # Absolute distance: entries with noise are outliers, in each round others.
     adversary: ClassVar[str] = (
-        "bayes(iterations=200, tv=0.4, defense='laplace(scale=0.005) | prune', rounds=True)"
+        "bayes(iterations=200, tv=0.4, defense='laplace(scale=0.005)', rounds=True)"
     )
     adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {"federation.rounds": 4}
 
