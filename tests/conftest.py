@@ -1,5 +1,7 @@
 """Every test has a home of its own, no network, and few threads."""
 
+import contextlib
+import ctypes
 import os
 from pathlib import Path
 
@@ -7,6 +9,10 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side, and what they start, share cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc: keep memory, do not map anew
+    for _option, _value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):  # mmap max, trim, top pad
+        ctypes.CDLL(None).mallopt(_option, _value)
 
 import torch
 
