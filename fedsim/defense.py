@@ -223,7 +223,7 @@ class Defense:
     toy: ClassVar[ToyCase]
     #: Expressions of it at three strengths, the weakest first, with the clip that it needs, if any.
     strengths: ClassVar[tuple[str, ...]] = ()
-    #: The strongest attack on it that is built, at the middle of the strengths: one that knows of
+    #: The strongest attack on it that was found, at the middle of the strengths: one that knows of
     #: it, where there is one.
     adversary: ClassVar[str] = ""
     #: Scenario keys that this attack wants otherwise than usual, by their dotted names: a round is

@@ -81,10 +81,10 @@ A defense is worth what its worst column says: each is another federation, and o
 defense need not be the strongest there is. Accuracy: ten rounds of 8 clients with 4,000 images, and
 the seconds and bytes sent up of these rounds. In parentheses is what was changed where a defense
 does nothing, or refuses: three local steps, the network in train mode, 8 or 32 images a client.
-"nothing": every client refused or was turned away, or the attack returned nothing. One seed. Rows
-that are missing were not run. LPIPS is not computed: its weights were not at hand. Seconds are of a
-machine that did other things too; [what a defended round costs](defenses-overhead.md) was measured
-in turns.
+"nothing": every client refused or was turned away, or the attack returned nothing. One seed; cells
+are of several commits. Rows that are missing were not run. LPIPS is not computed: its weights were
+not at hand. Seconds are of a machine that did other things too; [what a defended round
+costs](defenses-overhead.md) was measured in turns.
 
 One command: `{command}`.
 
