@@ -192,7 +192,9 @@ def test_without_a_folder_of_its_own_a_new_supernode_has_forgotten(tmp_path: Pat
     before = Asker(tmp_path / "before", BUDGETED)
     before.ask(1, 1)
     before.ask(1, 2)
-    Asker(tmp_path / "after", BUDGETED).ask(1, 3)
+    with pytest.raises(AssertionError, match="budget is spent"):
+        before.ask(1, 3)
+    assert list(Asker(tmp_path / "after", BUDGETED).ask(1, 3))  # and it answers
 
 
 def test_a_run_in_which_every_client_is_out_of_budget_is_not_one_that_failed(
