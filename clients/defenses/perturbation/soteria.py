@@ -26,6 +26,7 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from clients.defenses.aside import entering, linear_layers, the_step
 from fedsim.attack import Paper, ToyCase
@@ -39,7 +40,7 @@ AT_ONCE = 32
 @register("defense", "soteria")
 @dataclass(frozen=True, kw_only=True)
 class Soteria(Defense):
-    """Set columns of one linear layer's gradient to zero; m backward passes a step.
+    """Set columns of one linear layer's gradient to zero; as many backward passes as units are on.
 
     Under FedAvg each step's gradient is pruned, and the client trains on it.
 
@@ -130,17 +131,21 @@ def scores(model: nn.Module, layer: nn.Linear, images: Tensor) -> tuple[Tensor, 
     """Return the score ``[m]`` of each unit that enters a layer, and whether it is ever on.
 
     One over the sum over examples of ``|d r_i / d X| / (|r_i| + 1e-10)``: large where a value is
-    large and hardly moves with the image.
+    large and hardly moves with the image.  A ReLU unit that is off does not move, and adds nothing.
     """
     images = images.detach().requires_grad_()
     entered, _ = entering(model, layer, images)
-    features = entered.flatten(0, -2).sum(dim=0)  # its derivative by each image is that image's own
-    lengths = []
-    for units in torch.split(torch.eye(len(features)).to(features), AT_ONCE):
+    held = entered.reshape(len(images), -1, entered.shape[-1])
+    features, size = held.sum(dim=1), held.detach().abs().sum(dim=1)
+    on = size > 0
+    # Each image's units that are on come first, and only as many passes are made as one has.
+    order = on.int().argsort(dim=1, descending=True, stable=True)
+    lengths = torch.zeros_like(size)
+    most = int(on.sum(dim=1).max())
+    for units in torch.split(order[:, :most], AT_ONCE, dim=1):
+        chosen = one_hot(units.T, size.shape[1]).to(size)
         (slopes,) = torch.autograd.grad(
-            features, images, units, retain_graph=True, is_grads_batched=True
+            features, images, chosen, retain_graph=True, is_grads_batched=True
         )
-        lengths.append(slopes.flatten(2).norm(dim=2))
-    size = entered.detach().abs().flatten(1, -2).sum(dim=1) if entered.dim() > 2 else entered.abs()
-    ratio = (torch.cat(lengths).T / (size.detach() + 1e-10)).sum(dim=0)
-    return 1 / ratio, (size > 0).any(dim=0)
+        lengths.scatter_(1, units, slopes.flatten(2).norm(dim=2).T)
+    return 1 / (lengths / (size + 1e-10)).sum(dim=0), on.any(dim=0)
