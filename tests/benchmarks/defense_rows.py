@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -116,6 +117,25 @@ def settled(error: str) -> dict[str, Any] | None:
 
 class NotRunError(Exception):
     """A cell is not there, and is not to be run now."""
+
+
+def on_page(page: Path) -> dict[tuple[str, str], dict[str, str]]:
+    """Return what a page's tables say: by heading and first cell, the text of each column.
+
+    Cells that were finished elsewhere stand on the page alone.  Bars in cells are escaped there.
+    """
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    heading, columns = "", list[str]()
+    for line in page.read_text().splitlines() if page.exists() else []:
+        if not line.startswith("| "):
+            columns = []
+            heading = line.removeprefix("## ") if line.startswith("## ") else heading
+            continue
+        texts = [text.strip().replace("\\|", "|") for text in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if columns:
+            found[heading, texts[0]] = dict(zip(columns, texts, strict=True))
+        columns = columns or texts
+    return found
 
 
 def measured(

@@ -7,8 +7,8 @@ The same 64 CIFAR-10 images for all (training images 0, 100 ... 6300).  Passive 
 image a client, from 64 clients; an imprint gets 8 images from each of 8.  Accuracy is of a
 federation of its own: 8 clients, 4,000 images, ten rounds.  Finished cells are kept in ``--out``,
 one file each, so that the command goes on where it stopped; delete them when a method changes.
-``--finished`` draws the rows that have all theirs, and runs nothing; ``--only`` runs those of some
-names, and draws what is finished of the others too.
+``--finished`` runs nothing; ``--only`` runs the rows of some names.  What is not run and not there
+either stands as the page has it: it was finished elsewhere.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_images import cifar
-from defense_rows import NotRunError, Row, against, measured, rows
+from defense_rows import NotRunError, Row, against, measured, on_page, rows
 
 COMMAND = "FEDSIM_TEST_DATA=... python tests/benchmarks/defense_table.py"
 IMAGES = 64
@@ -173,25 +173,46 @@ def accuracy(row: Row, out: Path, *, finished: bool) -> tuple[str, str, str]:
     return f"{after:.3f}", f"{found['seconds']:.0f}", f"{up:.0f}"
 
 
-def page(out: Path, *, only: list[str] | None, finished: bool) -> str:
-    """Return the page; without the rows that are not there, where only what is finished counts.
+def line(row: Row, out: Path, before: dict[str, str], *, finished: bool) -> str:
+    """Return a row of the table; cells that are not there are those that it had ``before``.
 
-    That is everywhere but in rows of ``only``, where some are named.
+    Raises
+    ------
+    NotRunError
+        If an attack's is in neither.
     """
-    lines = []
+    cells = [f"`{row.expression}`"]
+    for title in (*ATTACKS, "adaptive"):
+        try:
+            if title == "adaptive":
+                cells.append(adaptive(row, out, finished=finished))
+            else:
+                cells.append(cell(row, title, out, finished=finished))
+        except NotRunError:
+            if title not in before:
+                raise
+            cells.append(before[title])
+    try:
+        cells += accuracy(row, out, finished=finished)
+    except NotRunError:
+        cells += [
+            before.get("accuracy", "not run"),
+            before.get("seconds", ""),
+            before.get("MB up", ""),
+        ]
+    return "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |"
+
+
+def table(out: Path, page: Path, *, only: list[str] | None, finished: bool) -> str:
+    """Return the page; without the rows that have nowhere been run."""
+    before, lines = on_page(page), []
     for row in rows():
         keep = finished or not (only is None or row.name in only)
+        had = before.get(("", f"`{row.expression}`"), {})
         try:
-            cells = [f"`{row.expression}`"]
-            cells += [cell(row, title, out, finished=keep) for title in ATTACKS]
-            cells.append(adaptive(row, out, finished=keep))
+            lines.append(line(row, out, had, finished=keep))
         except NotRunError:
             continue
-        try:
-            cells += accuracy(row, out, finished=keep)
-        except NotRunError:
-            cells += ["not run", "", ""]
-        lines.append("| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |")
     return HEAD.format(command=COMMAND) + "\n".join(lines) + "\n"
 
 
@@ -205,7 +226,7 @@ def main() -> None:
     given = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.ERROR)
     given.out.mkdir(parents=True, exist_ok=True)
-    text = page(given.out.absolute(), only=given.only, finished=given.finished)
+    text = table(given.out.absolute(), given.page, only=given.only, finished=given.finished)
     given.page.write_text(text)
 
 

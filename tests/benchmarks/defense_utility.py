@@ -7,22 +7,22 @@
 Accuracy is of a federation that only trains.  Leak rates are of the attacks of
 ``defense_table.py``, on 64 images of the same data: ``--attacks`` are run against each strength; at
 the middle strength, all are, the attack that the defense names too; what is finished of others is
-drawn. Each data set and partition gives a figure (PNG, beside the page).  Finished cells are kept
-in ``--out``, and shared with the table; ``--finished`` draws the rows that have those of
-``--attacks`` and runs nothing; ``--only`` runs rows of some names, and draws what is finished of
-the others too.
+drawn.  Each data set and partition gives a figure (PNG, beside the page).  Finished cells are kept
+in ``--out``, and shared with the table; ``--finished`` runs nothing; ``--only`` runs rows of some
+names.  What is not run and not there either stands as the page has it: it was finished elsewhere.
 """
 
 import argparse
 import logging
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cifar_images import cifar
-from defense_rows import NotRunError, Row, rows
+from defense_rows import NotRunError, Row, on_page, rows
 from defense_table import ATTACKS, IMAGES, TRAINING, named, trained, varied
 
 from fedsim.report.tradeoff import Point, tradeoff_figure
@@ -82,13 +82,7 @@ class Cells:
     only: list[str] | None
 
     def leaks(self, row: Row, data: str) -> dict[str, Leak]:
-        """Return what each attack that was run got.
-
-        Raises
-        ------
-        NotRunError
-            If one of ``attacks`` was not run, and is not to be run now.
-        """
+        """Return what each attack that was run got."""
         small = "digits"
         if data == "cifar10":
             small = cifar(self.out, range(0, 6400, 100), "sixty-four")
@@ -101,13 +95,9 @@ class Cells:
             scenarios[ADAPTIVE] = named(row, small)
         found: dict[str, Leak] = {}
         for title, flat in scenarios.items():
-            wanted = title in self.attacks
-            run = self.runs(row) and (wanted or middle)
-            try:
+            run = self.runs(row) and (middle or title in self.attacks)
+            with suppress(NotRunError):
                 found[title] = told(*varied(flat, self.out, COMMAND, finished=not run))
-            except NotRunError:
-                if wanted:
-                    raise
         return found
 
     def runs(self, row: Row) -> bool:
@@ -141,6 +131,12 @@ def told(report: dict[str, Any], note: str) -> Leak:
     return Leak(leak["leak_rate"], f"{leak['leak_rate']:.2f}{of}{note}")
 
 
+def as_told(text: str) -> Leak:
+    """Return what a cell of the page says."""
+    first = text.split(" ", 1)[0]
+    return Leak(float(first) if first[:1].isdigit() else None, text)
+
+
 def section(cells: Cells, data: str, partitions: list[str], page: Path) -> str:
     """Return the table of one data set, and draw its figures beside the page."""
     attacks = [*ATTACKS, ADAPTIVE]
@@ -149,13 +145,16 @@ def section(cells: Cells, data: str, partitions: list[str], page: Path) -> str:
     lines.append("|" + " --- |" * (1 + len(attacks) + len(after)))
     curves: dict[str, dict[str, list[Point]]] = {name: defaultdict(list) for name in partitions}
     worst: dict[str, dict[str, Point]] = {name: {} for name in partitions}
+    before = on_page(page)
     for row in rows(every_strength=True):
-        try:
-            leaks = cells.leaks(row, data)
-        except NotRunError:
-            continue
-        found = {name: cells.accuracy(row, data, name) for name in partitions}
-        if not any(found.values()):
+        had = before.get((data, f"`{row.expression}`"), {})
+        leaks = {title: as_told(had[title]) for title in attacks if had.get(title)}
+        leaks |= cells.leaks(row, data)
+        found = {
+            name: cells.accuracy(row, data, name) or had.get(f"accuracy, {name}", "")
+            for name in partitions
+        }
+        if not (set(cells.attacks) <= set(leaks) and any(found.values())):
             continue
         of_attacks = [leaks[title].told if title in leaks else "" for title in attacks]
         name = f"`{row.expression}`".replace("|", "\\|")
