@@ -15,7 +15,7 @@ names.  What is not run and not there either stands as the page has it: it was f
 import argparse
 import logging
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,23 +139,14 @@ def as_told(text: str) -> Leak:
 
 def section(cells: Cells, data: str, partitions: list[str], page: Path) -> str:
     """Return the table of one data set, and draw its figures beside the page."""
-    attacks = [*ATTACKS, ADAPTIVE]
+    drawn = list(there(cells, data, partitions, on_page(page)))
+    attacks = [name for name in (*ATTACKS, ADAPTIVE) if any(name in leaks for _, leaks, _ in drawn)]
     after = [f"accuracy, {name}" for name in partitions]
     lines = [f"| defense | {' | '.join([*attacks, *after])} |"]
     lines.append("|" + " --- |" * (1 + len(attacks) + len(after)))
     curves: dict[str, dict[str, list[Point]]] = {name: defaultdict(list) for name in partitions}
     worst: dict[str, dict[str, Point]] = {name: {} for name in partitions}
-    before = on_page(page)
-    for row in rows(every_strength=True):
-        had = before.get((data, f"`{row.expression}`"), {})
-        leaks = {title: as_told(had[title]) for title in attacks if had.get(title)}
-        leaks |= cells.leaks(row, data)
-        found = {
-            name: cells.accuracy(row, data, name) or had.get(f"accuracy, {name}", "")
-            for name in partitions
-        }
-        if not (set(cells.attacks) <= set(leaks) and any(found.values())):
-            continue
+    for row, leaks, found in drawn:
         of_attacks = [leaks[title].told if title in leaks else "" for title in attacks]
         name = f"`{row.expression}`".replace("|", "\\|")
         lines.append(f"| {' | '.join([name, *of_attacks, *found.values()])} |")
@@ -173,6 +164,22 @@ def section(cells: Cells, data: str, partitions: list[str], page: Path) -> str:
         tradeoff_figure(curves[name], picture, f"{data}, {name}", hollow=worst[name])
         lines += ["", f"![Accuracy against leak rate, {data}, {name}]({picture.name})"]
     return f"\n## {data}\n\n" + "\n".join(lines) + "\n"
+
+
+def there(
+    cells: Cells, data: str, partitions: list[str], before: dict[tuple[str, str], dict[str, str]]
+) -> Iterator[tuple[Row, dict[str, Leak], dict[str, str]]]:
+    """Yield each row that has been run, here or on the page before, its leaks and accuracies."""
+    for row in rows(every_strength=True):
+        had = before.get((data, f"`{row.expression}`"), {})
+        leaks = {title: as_told(had[title]) for title in (*ATTACKS, ADAPTIVE) if had.get(title)}
+        leaks |= cells.leaks(row, data)
+        found = {
+            name: cells.accuracy(row, data, name) or had.get(f"accuracy, {name}", "")
+            for name in partitions
+        }
+        if set(cells.attacks) <= set(leaks) and any(found.values()):
+            yield row, leaks, found
 
 
 def highest(leaks: Iterable[Leak]) -> float | None:
