@@ -140,9 +140,10 @@ def _generator_of(content: bytes) -> torch.Generator:
 
 @contextmanager
 def seeded_globals(seed: int | torch.Generator) -> Iterator[None]:
-    """Seed ``random``, ``numpy.random`` and torch's CPU generator, and put them back afterwards.
+    """Seed ``random``, ``numpy.random`` and torch's generators, and put them back afterwards.
 
-    A generator hands over as much of its state as each of them holds.
+    A generator hands over as much of its state as each of them holds: CUDA's take 63 bits.  Those
+    are put back where CUDA was in use before.
 
     Only for library code that takes no generator: Flower samples nodes with ``random`` and rounds
     SecAgg+ with ``numpy.random``; ``torch.nn`` initializes from the global generator.
@@ -150,12 +151,14 @@ def seeded_globals(seed: int | torch.Generator) -> Iterator[None]:
     import numpy as np
 
     states = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)  # type: ignore[no-untyped-call]
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=list(devices)):
             if isinstance(seed, torch.Generator):
                 words = torch.randint(2**32, (_WORDS,), generator=seed)
                 random.seed(words.numpy().tobytes())
                 np.random.seed(words.numpy().astype(np.uint32))
+                torch.cuda.manual_seed_all(int(torch.randint(2**63 - 1, (), generator=seed)))
                 torch.set_rng_state(seed.get_state())
             else:
                 random.seed(seed)

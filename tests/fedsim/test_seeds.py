@@ -60,6 +60,35 @@ def test_global_streams_begin_where_a_generator_is() -> None:
     assert not set(drawn[0]) & set(drawn[1])
 
 
+def test_what_a_gpu_draws_is_secret_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Public seeds reach CUDA's generators as well: the secret one has to come after them."""
+    told: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", told.append)
+    for name in ("one", "other", "one"):
+        with (
+            seeds.seeded_globals(7),
+            seeds.seeded_globals(seeds.secret_generator(7, name)),
+        ):
+            pass
+    secret = [seed for seed in told if seed != 7]
+    assert secret[0] == secret[2] != secret[1]
+    assert min(secret) > 2**40
+    assert told[-1] != 7
+
+
+@pytest.mark.gpu
+def test_masks_drawn_on_a_gpu_hang_on_the_secret_and_nothing_else() -> None:
+    drawn = []
+    for public, name in ((1, "one"), (2, "one"), (1, "other")):
+        torch.manual_seed(public)
+        with seeds.seeded_globals(seeds.secret_generator(7, name)):
+            drawn.append(torch.nn.functional.dropout(torch.ones(999, device="cuda")))
+        torch.manual_seed(public)
+        assert not torch.equal(torch.nn.functional.dropout(torch.ones(999).cuda()), drawn[-1])
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
 def test_the_secret_stream_hangs_on_the_key_and_not_on_the_seed_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
