@@ -79,7 +79,7 @@ class Oasis(Defense):
         "oasis(transforms='major-rotation')",
         "oasis(transforms='major-rotation+shear')",
     )
-    adversary: ClassVar[str] = "robbing-the-fed(units=256, functional='random')"
+    adversary: ClassVar[str] = "robbing-the-fed(units=256, functional='random', copies=4)"
 
     transforms: Literal[
         "major-rotation", "minor-rotation", "shear", "flip", "major-rotation+shear"

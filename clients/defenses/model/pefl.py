@@ -166,7 +166,7 @@ class PEFL(Defense):
         "pefl(factors=3, private=True)",
     )
     adversary: ClassVar[str] = (
-        "joint-inversion(defense='pefl(private=True)', iterations=200, restarts=1, tv=1e-2)"
+        "joint-inversion(defense='pefl(private=True)', iterations=1000, restarts=4, tv=1e-4)"
     )
 
     factors: Factors = 2

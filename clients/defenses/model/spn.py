@@ -114,7 +114,9 @@ class SPN(Defense):
         "spn",
         "spn(polarization=10.0)",
     )
-    adversary: ClassVar[str] = "joint-inversion(defense='spn', iterations=200, restarts=1, tv=1e-2)"
+    adversary: ClassVar[str] = (
+        "joint-inversion(defense='spn', iterations=1000, restarts=4, tv=1e-4)"
+    )
 
     polarization: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     margin: Annotated[float, Field(gt=0)] = 1.0

@@ -18,6 +18,7 @@ of one gradient, added up, show at 32 dB what the first shows at 8.  What was la
 largest is owed for ever: its debt only grows, and the model never learns from it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, ClassVar
@@ -78,10 +79,12 @@ class DualPrune(Defense):
         "dual-prune(k1=0.05, k2=0.75)",
         "dual-prune(k1=0.1, k2=0.8)",
     )
-    # Absolute distance, where an entry came back.
+    # What feedback brings late is collected; absolute distance, where an entry came back.
     adversary: ClassVar[str] = (
-        "bayes(iterations=200, tv=0.1, defense='laplace(scale=0.005) | prune')"
+        'accumulation(then="bayes(iterations=200, tv=0.1, '
+        "defense='laplace(scale=0.005) | prune')\")"
     )
+    adversary_setting: ClassVar[Mapping[str, str | int | float | bool]] = {"federation.rounds": 16}
 
     k1: Annotated[float, Field(gt=0, lt=1)] = 0.05
     k2: Annotated[float, Field(ge=0, lt=1)] = 0.75

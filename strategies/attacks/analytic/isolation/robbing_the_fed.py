@@ -82,6 +82,9 @@ class RobbingTheFed(Manipulation):
     clip : bool
         Bring pixels to ``[0, 1]``; False is for attacks that go on with what clients trained on,
         which a defense may have taken out of there.
+    copies : int
+        How many examples a client trains on for each that it counts; more than 1 is for who knows
+        that a defense adds some.  As many are read.
 
     Fails where the scalar's distribution is misjudged or tied, with augmentation or standardization
     at the client, under noise of the size of one image's gradient, and in part under weight decay
@@ -140,6 +143,7 @@ class RobbingTheFed(Manipulation):
     target: Annotated[float, Field(gt=0, lt=1)] | None = None
     gain: Annotated[float, Field(gt=0)] | None = None
     clip: bool = True
+    copies: Annotated[int, Field(ge=1, le=64)] = 1
 
     def __post_init__(self) -> None:
         if self.bins == "normal":
@@ -233,14 +237,16 @@ class RobbingTheFed(Manipulation):
 
     # -- what is read ----------------------------------------------------------------------------
     def reconstruct(self, views: Sequence[ServerView], knowledge: Knowledge) -> Reconstruction:
-        """Read every occupied bin of every view; at most as many as there are examples."""
+        """Read every occupied bin of every view; at most as many as there are examples, copied."""
         started = time.perf_counter()
         knowledge.require(Capability.UPDATES)
         shape = knowledge.basics.data.shape
         found, scores, sources, receipts = [], [], [], []
         for index, view in enumerate(views):
             images, strength, bins = read_imprint(view)
-            best = strength.argsort(descending=True, stable=True)[: knowledge.most_examples(view)]
+            most = knowledge.most_examples(view)
+            most = None if most is None else most * self.copies
+            best = strength.argsort(descending=True, stable=True)[:most]
             read = images[best].clamp(0, 1) if self.clip else images[best]
             found.append(read.view(-1, *shape).float())
             scores.append(strength[best].float())
