@@ -199,7 +199,9 @@ def _respond(
     if truth:
         record = _record(parts, ctx, split, used, defenses)
         kept = upload if parts.attack is not None and parts.channel.masks else record.upload
-        deposit(vault, dataclasses.replace(record, upload=kept, **_told(verdicts)))
+        cut_off = _beyond(upload, parts.channel.carries(_weight(defenses, ctx, len(used))))
+        told = {**_told(verdicts), "cut_off": cut_off}
+        deposit(vault, dataclasses.replace(record, upload=kept, **told))
         remember(context, ctx.store)
     arrays = ArrayRecord({name: _array(tensor) for name, tensor in upload.items()})
     metrics = MetricRecord({"num-examples": _weight(defenses, ctx, len(used))})
@@ -226,6 +228,12 @@ def _trained(
     ctx.trainee = ctx.batch = None
     names = uploaded_names(model, parts.scenario.model.batchnorm)
     return trained.indices, _upload(trainee, trained.upload, names)
+
+
+def _beyond(upload: Tensors, largest: float) -> float:
+    """Return the share of an upload's values that are larger than ``largest``."""
+    values = sum(tensor.numel() for tensor in upload.values())
+    return sum(int((tensor.abs() > largest).sum()) for tensor in upload.values()) / values
 
 
 def _weight(defenses: tuple[Defense, ...], ctx: ClientContext, examples: int) -> int:

@@ -311,7 +311,11 @@ class History:
             for name, found in guarantees(self.parts.defenses, plan, sums=sums).items():
                 if name not in least or found.epsilon > least[name].epsilon:
                     least[name] = found
-        told = [{"name": name, **dataclasses.asdict(found)} for name, found in least.items()]
+        of_sums = {d.name for d in self.parts.defenses if d.of_sums}
+        told = [
+            {"name": name, **dataclasses.asdict(found), "of_sums": name in of_sums}
+            for name, found in least.items()
+        ]
         at_server = {d.name for d in self.parts.defenses if d.rank is Rank.SERVER}
         for one in told:
             if one["name"] not in at_server and self._counts_tell(one["unit"]):

@@ -17,20 +17,27 @@ _ACTED = re.compile(r"(?:sent a modified model(?:, to each its own,)?|lied) to [
 
 
 def defense_parts(
-    records: Iterable[VaultRecord], federation: Mapping[str, Any]
+    records: Iterable[VaultRecord], federation: Mapping[str, Any], read_singly: Iterable[str] = ()
 ) -> list[DefensePart]:
-    """Sum up the clients' receipts, one part for each defense in the order of the chain."""
+    """Sum up the clients' receipts, one part for each defense in the order of the chain.
+
+    ``read_singly`` names what the server read of one client alone: no promise of sums covers that.
+    """
     receipts: dict[str, list[Mapping[str, Any]]] = {}
     ledgers: dict[str, dict[int, tuple[int, Releases]]] = {}
     for expected in federation.get("defenses_expected") or []:
         receipts[expected["name"]] = []
-    for record in sorted(records, key=lambda record: record.round):
+    records = sorted(records, key=lambda record: record.round)
+    for record in records:
         for receipt in record.receipts:
             receipts.setdefault(receipt["name"], []).append(receipt)
             if rows := receipt.get("releases"):
                 found = tuple(Release(*row) for row in rows)
                 ledgers.setdefault(receipt["name"], {})[record.client] = record.round, found
     promises = {p["name"]: p for p in federation.get("privacy") or []}
+    for name, promise in promises.items():
+        if promise.get("of_sums") and not promise.get("withheld"):
+            promises[name] = {**promise, "withheld": _no_sum(records, read_singly)}
     acts = federation.get("server") or {}
     return [
         DefensePart(
@@ -43,6 +50,19 @@ def defense_parts(
         )
         for name, found in receipts.items()
     ]
+
+
+def _no_sum(records: Iterable[VaultRecord], read_singly: Iterable[str]) -> str:
+    """Say what happened that a promise about the sum of whole uploads does not cover."""
+    for view in read_singly:
+        return f"the server read {view}, and single uploads hold a share of the noise only"
+    for record in records:
+        if record.cut_off:
+            return (
+                f"the channel cut off {record.cut_off:.2g} of what client {record.client} noised "
+                f"in round {record.round}, noise and all; use a larger clipping_range"
+            )
+    return ""
 
 
 def _spent(

@@ -50,6 +50,8 @@ class VaultRecord:
         What the client measured on the model it received, and on its update.
     remarks : sequence of str
         What checks that refused nothing had to say: what they could not decide.
+    cut_off : float
+        Share of the upload's values that the channel cuts off, being too large for it.
     """
 
     client: int
@@ -62,6 +64,7 @@ class VaultRecord:
     refused: str | None = None
     checks: Mapping[str, float] = field(default_factory=dict)
     remarks: Sequence[str] = ()
+    cut_off: float = 0.0
 
 
 def deposit(root: Path, record: VaultRecord) -> Path:
@@ -203,6 +206,7 @@ def _pack(record: VaultRecord) -> bytes:
         "refused": record.refused,
         "checks": dict(record.checks),
         "remarks": list(record.remarks),
+        "cut_off": record.cut_off,
     }
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return save(plain, metadata={"record": json.dumps(facts, sort_keys=True)})

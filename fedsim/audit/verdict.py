@@ -41,6 +41,7 @@ from fedsim.errors import ScenarioError
 from fedsim.reconstructions import Facts
 from fedsim.registry import components
 from fedsim.threat import NAMES, THREAT_MODELS, Capability
+from fedsim.view import SavedViews
 
 Saved = tuple[Reconstruction, Facts, Path]
 Records = dict[tuple[int, int], VaultRecord]
@@ -107,7 +108,9 @@ def _finding(run: Run, saved: Saved | None, records: Records, criterion: Criteri
 def _report(
     run: Run, saved: Saved | None, records: Records, criterion: Criterion, finding: _Finding
 ) -> Report:
-    defenses = receipts.defense_parts(records.values(), run.federation)
+    seen = SavedViews(run.folder / "views").facts()
+    single = [str(facts["label"]) for facts in seen if len(facts["senders"]) == 1]
+    defenses = receipts.defense_parts(records.values(), run.federation, single)
     stopped = run.stopped()
     failed = None if stopped else _failed(run, saved, bool(records), defenses)
     threat_model, federation = _threat_model(run, saved), _federation(run)

@@ -12,6 +12,7 @@ from clients.defenses.formal.gaussian import epsilon_of
 from clients.defenses.perturbation.clip import global_norm
 from fedsim.audit.receipts import defense_parts
 from fedsim.audit.schema import DefensePart
+from fedsim.audit.verdict import judge
 from fedsim.defense import ClientContext, Defense, Refusal, Tensors, TrainingPlan, guarantees
 from fedsim.errors import ScenarioError
 from fedsim.parts import Parts, check
@@ -157,6 +158,41 @@ def test_a_server_s_own_devices_add_no_noise_and_withhold_epsilon(tmp_path: Path
     assert told is not None
     assert told.epsilon is None
     assert "held the noise of 1 of the 4 clients" in told.withheld
+
+
+def test_single_uploads_that_were_read_withhold_epsilon(tmp_path: Path) -> None:
+    changes = {
+        "threat-model": "F",
+        "attack": "secagg-unmasking(victims=[2])",
+        "channel": "secagg(max_weight=2)",
+        "defenses": "distributed-dp(cohort=4, sigma=1.0)",
+    }
+    ran = federated(tmp_path, changes)
+    (told,) = judge(ran.folder.path).defenses
+    assert told.epsilon is not None
+    assert told.epsilon.epsilon is None
+    assert "the server read round-1-client-2, and single uploads" in told.epsilon.withheld
+    assert told.spent == []
+
+
+@pytest.mark.parametrize(("clipping_range", "cut_off"), [(4.3, False), (2.0, True)])
+def test_noise_that_the_protocol_cut_off_withholds_epsilon(
+    clipping_range: float, cut_off: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights grow in training: what was refused nowhere may come to be cut off, by any server."""
+    monkeypatch.setattr(DistributedDP, "_check_range", lambda *_: None)
+    changes = {
+        "channel": f"secagg(max_weight=4, clipping_range={clipping_range})",
+        "defenses": "distributed-dp(cohort=4, sigma=1.0)",
+        "federation.local": "fedavg(batch_size=4)",
+        "data.partition": "size(partition_sizes=[4, 4, 4, 4])",
+    }
+    ran = federated(tmp_path, changes)
+    (told,) = defense_parts(list(ran.vault), ran.federation)
+    assert told.epsilon is not None
+    assert bool(told.epsilon.withheld) == (told.epsilon.epsilon is None) == cut_off
+    assert ("the channel cut off" in told.epsilon.withheld) == cut_off
+    assert (told.spent == []) == cut_off
 
 
 @pytest.mark.parametrize(
