@@ -131,6 +131,11 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "channel",
         "a smaller clipping_range or max_weight",
     ),
+    "weight that is rounded off": (
+        {"channel": "secagg(max_weight=1e7, clipping_range=0.1)"},
+        "channel",
+        "examples would weigh 0.839 steps",
+    ),
     "clipping that leaves no value": (
         {"channel": "secagg(clipping_range=1e-300)"},
         "channel",

@@ -262,6 +262,26 @@ def test_the_largest_client_must_weigh_no_more_than_max_weight(case: str, tmp_pa
             check(Parts(scenario(tmp_path, changes)))
 
 
+def test_weights_that_are_taken_are_kept_to_a_twentieth_of_a_percent(tmp_path: Path) -> None:
+    """At the largest max_weight for the lightest of ten unequal clients the mean is true still."""
+    common = {"federation.local": FEDAVG, **SKEWED, "federation.clients": 10}
+    lightest = min(map(len, Parts(scenario(tmp_path, common)).partitions))
+    most = lightest * 2**22 / 1000
+    refused = {**common, "channel": f"secagg(max_weight={1.001 * most!r}, clipping_range=0.1)"}
+    with pytest.raises(ScenarioError, match=rf"on {lightest} examples would weigh 999 steps"):
+        check(Parts(scenario(tmp_path, refused)))
+    ran = summed(
+        tmp_path, {**common, "channel": f"secagg(max_weight={most!r}, clipping_range=0.1)"}
+    )
+    (view,) = ran.views
+    for name, found in view.received.items():
+        sent, weights = uploads(ran, name)
+        mean = torch.tensordot(weights / weights.sum(), sent, dims=1)
+        rounded = 10 * ran.federation["channel"]["quantization_step"] * most / weights.sum()
+        bound = 5e-4 * (sent - mean).abs().max() + rounded + 1e-6
+        assert (found.double() - mean).abs().max() <= bound
+
+
 def test_its_cohort_is_those_who_train_not_those_who_are_there(tmp_path: Path) -> None:
     check(Parts(scenario(tmp_path, {"channel": "secagg", "federation.fraction": 0.5})))
     with pytest.raises(ValueError, match="a cohort of 1"):
