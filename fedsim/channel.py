@@ -48,6 +48,12 @@ class Channel(ABC):
             The most examples that any of them will weigh in with.
         """
 
+    def check_lightest(self, weight: int) -> None:  # noqa: B027 - most carry any
+        """Refuse a federation whose lightest client's weight the protocol loses (``ValueError``).
+
+        ``weight`` is how many examples that client will weigh in with.
+        """
+
     def check_model(self, names: Sequence[str], *, active: bool) -> None:  # noqa: B027
         """Refuse a model, by the arrays that travel, or a server (``ValueError``).
 

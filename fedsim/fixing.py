@@ -6,7 +6,7 @@ from fedsim.data import DataSpec
 from fedsim.defense import Defense
 from fedsim.errors import ScenarioError
 from fedsim.models import build_model
-from fedsim.parts import Parts
+from fedsim.parts import Parts, check
 from fedsim.scenario import Scenario
 
 
@@ -16,7 +16,8 @@ def fixes(scenario: Scenario) -> dict[str, str]:
     Raises
     ------
     ScenarioError
-        If a defense puts into the network what another cannot carry: no model helps.
+        If a defense puts into the network what another cannot carry: no model helps.  If
+        ``model.weights`` are of a network with BatchNorm: they fit no other.
     """
     parts = Parts(scenario)
     expression = scenario.model.name
@@ -26,9 +27,46 @@ def fixes(scenario: Scenario) -> dict[str, str]:
     if expression == scenario.model.name:
         return {}
     changed = {"model.name": expression}
-    if scenario.model.batchnorm != "frozen":
-        changed["model.batchnorm"] = "frozen"  # there is none left to have a policy for
+    fixed = scenario.with_changes(**changed)
+    _refuse_weights(parts, Parts(fixed))
+    if (policy := _policy(fixed)) != scenario.model.batchnorm:
+        changed["model.batchnorm"] = policy
     return changed
+
+
+def _refuse_weights(parts: Parts, fixed: Parts) -> None:
+    """Refuse weights that were saved of the network that cannot stay."""
+    try:
+        fixed.model()
+    except ScenarioError as error:
+        parts.model()  # refuses weights that did not fit before either
+        remedy = (
+            f"these weights are of a network with BatchNorm, {parts.scenario.model.name}, which "
+            f"the defenses cannot carry, and do not fit {fixed.scenario.model.name}; leave "
+            "model.weights out, or train that one anew and name its run"
+        )
+        raise ScenarioError("model.weights", parts.scenario.model.weights, remedy) from error
+
+
+def _policy(fixed: Scenario) -> str:
+    """Return the scenario's own policy for BatchNorm, of which nothing may be left, or another."""
+    if (fault := _fault(fixed)) is None or fault.key != "model.batchnorm":
+        return fixed.model.batchnorm
+    others = [policy for policy in ("frozen", "private") if policy != fixed.model.batchnorm]
+    passing = (
+        policy
+        for policy in others
+        if _fault(fixed.with_changes(**{"model.batchnorm": policy})) is None
+    )
+    return next(passing, "frozen")
+
+
+def _fault(scenario: Scenario) -> ScenarioError | None:
+    try:
+        check(Parts(scenario))
+    except ScenarioError as error:
+        return error
+    return None
 
 
 def _fitting(defense: Defense, expression: str, spec: DataSpec) -> str:

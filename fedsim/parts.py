@@ -306,9 +306,11 @@ def _check_federation(parts: Parts) -> None:
         parts.local.check(most)
     except ValueError as error:
         raise ScenarioError("federation.local", federation.local, str(error)) from error
-    plans = [parts.local.plan(len(own), federation.rounds) for own in parts.partitions]
+    plans = [parts.local.plan(len(own), federation.rounds) for own in parts.partitions if len(own)]
+    weights = [_weight(plan) for plan in plans]
     try:
-        channel.check(cohort, max(map(_weight, plans)))
+        channel.check(cohort, max(weights))
+        channel.check_lightest(min(weights))
     except ValueError as error:
         raise ScenarioError("channel", parts.scenario.channel, str(error)) from error
 

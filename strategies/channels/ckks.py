@@ -15,8 +15,8 @@ Ciphertexts of two keys add up without an error, to nothing: each client says wh
 by a hash, and who holds another than the first is left out, with the reason.
 
 **What it promises**: a server that keeps to the protocol and calculates no further learns the sum,
-and who is in it.  CKKS is approximate: values are rounded to ``2^-scale_bits`` and noise of about
-1e-8 is added, nothing is clipped.
+and who is in it.  CKKS is approximate: with the default parameters noise of about 1e-8 is added,
+and parameters that make it more than a millionth are refused; nothing is clipped.
 
 **What it does not**: the decrypted sum that the server gets back holds the noise of encryption.
 Beside the ciphertext that it is of, that gives linear equations for the secret key: CKKS is IND-CPA
@@ -36,11 +36,11 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
-from math import prod
+from math import ceil, log2, prod
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
@@ -69,6 +69,7 @@ from strategies.channels.trusted_sum import SUMS, SummingGrid, refuse_alone
 
 #: Bits of coefficient modulus that leave 128 bits of security (HomomorphicEncryption.org, 2018).
 SECURE_BITS = {4096: 109, 8192: 218, 16384: 438, 32768: 881}
+LARGEST_ERROR = 1e-6  # of an upload's values of size 1
 RECORD = "ckks"  # what the protocol says, beside what the strategy says
 INSTALL = "ckks needs TenSEAL, which is not installed: pip install -e '.[he]'"
 
@@ -87,7 +88,7 @@ class Ckks(Channel):
     coeff_modulus : list of int
         Bits of each prime; the last is used up by SEAL itself, the others bound the sum.
     scale_bits : int
-        Values are rounded to 2 to the power of minus this.
+        Values are carried in units of 2 to the power of minus this; the noise is about N / 6 units.
     keys : str
         A folder that all clients reach and the server does not; ``""`` is ``$FEDSIM_HOME/keys``,
         for clients on one machine.
@@ -113,6 +114,17 @@ class Ckks(Channel):
         """What no weighted sum may reach, or it would wrap around."""
         return float(2 ** (sum(self.coeff_modulus[:-1]) - self.scale_bits - 1))
 
+    @property
+    def error(self) -> float:
+        """The most by which encryption moves a value of an upload: twelve standard deviations.
+
+        SEAL divides a fresh encryption of zero by the last prime and rounds, which leaves
+        ``r_0 + r_1 s``, with s ternary: a variance of ``2 N / 36`` in each of N coefficients, whose
+        sum a value is.  A product at a root of unity, it has the tails of a Laplace distribution:
+        one value in 2e7 is further off.
+        """
+        return float(2 * self.poly_modulus_degree * 2.0**-self.scale_bits)
+
     def shared(self) -> list[Path]:
         """Return where the key lies."""
         return [self.root]
@@ -130,6 +142,12 @@ class Ckks(Channel):
                 f"{bits} bits of coeff_modulus leave less than 128 bits of security; at most "
                 f"{SECURE_BITS[degree]} for poly_modulus_degree={degree}"
             )
+        if self.error > LARGEST_ERROR:
+            raise ValueError(
+                f"scale_bits={self.scale_bits} leaves values of size 1 off by up to "
+                f"{self.error:.2g}, and at most {LARGEST_ERROR:g} may be; for "
+                f"poly_modulus_degree={degree} use {ceil(log2(2 * degree / LARGEST_ERROR))} or more"
+            )
         if self.largest < clients * largest_weight:
             raise ValueError(
                 f"a sum of {clients} clients of up to {largest_weight} examples may reach "
@@ -137,6 +155,7 @@ class Ckks(Channel):
                 f"{self.largest:g}; use a larger coeff_modulus, or fewer scale_bits"
             )
         _tenseal()
+        _try(degree, tuple(self.coeff_modulus), self.scale_bits)
 
     def grid(self, inner: Population, context: Context, timeout: float) -> Grid:  # noqa: ARG002
         """Return a grid that adds ciphertexts and has the sum decrypted."""
@@ -341,15 +360,39 @@ def weighted_upload(content: RecordDict) -> NDArray[np.float64]:
 
 def new_key(degree: int, coeff_modulus: list[int], scale_bits: int) -> bytes:
     """Return a new context with its secret key; without Galois keys, which sums do not need."""
-    tenseal = _tenseal()
-    made = tenseal.context(
-        tenseal.SCHEME_TYPE.CKKS, degree, coeff_mod_bit_sizes=coeff_modulus, n_threads=1
-    )
-    made.global_scale = 2.0**scale_bits
+    made = _new_context(degree, coeff_modulus, scale_bits)
     return cast(
         bytes,
         made.serialize(save_secret_key=True, save_galois_keys=False, save_relin_keys=False),
     )
+
+
+def _new_context(degree: int, coeff_modulus: Sequence[int], scale_bits: int) -> Any:
+    tenseal = _tenseal()
+    made = tenseal.context(
+        tenseal.SCHEME_TYPE.CKKS, degree, coeff_mod_bit_sizes=list(coeff_modulus), n_threads=1
+    )
+    made.global_scale = 2.0**scale_bits
+    return made
+
+
+@lru_cache
+def _try(degree: int, coeff_modulus: tuple[int, ...], scale_bits: int) -> None:
+    """Encrypt, add and decrypt once, and refuse what SEAL refuses or does not return."""
+    try:
+        key = _new_context(degree, coeff_modulus, scale_bits)
+        one, other = (_tenseal().ckks_vector(key, [1.0] * (degree // 2)) for _ in range(2))
+        found = np.asarray((one + other).decrypt()) / 2
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"SEAL refuses poly_modulus_degree={degree} with coeff_modulus={list(coeff_modulus)}: "
+            f"{error}; use primes of 30 bits or more, or the default parameters"
+        ) from error
+    if (off := np.abs(found - 1).max()) > LARGEST_ERROR:
+        raise ValueError(
+            f"a sum of values of size 1 came back off by {off:.2g} with scale_bits={scale_bits}; "
+            "use more, or the default parameters"
+        )
 
 
 def fingerprint(key: bytes) -> bytes:

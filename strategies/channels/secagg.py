@@ -15,6 +15,7 @@ Arrays are multiplied by ``num_examples / max_weight``, clipped to ``[-clipping_
 clipping_range]`` and rounded stochastically to ``quantization_range`` steps.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, cast
@@ -64,6 +65,7 @@ from strategies.channels import secagg_strict
 LARGEST_SUM = 2**32  # Flower's modulus: quantized sums that reach it wrap around
 # Of values of one upload: where all is cut off, and where all is rounded away.
 LEAST_CARRIED, LARGEST_STEP = 1e-6, 1.0
+LEAST_WEIGHT = 1000  # in steps, of which rounding takes up to a half: 0.05 %
 
 
 @register("channel", "secagg")
@@ -79,7 +81,8 @@ class SecAgg(Channel):
         Share of the cohort that holds each client's key.
     max_weight : float
         Largest number of examples a client may weigh; a client with ``n`` examples keeps a
-        precision of ``2 * clipping_range / quantization_range * max_weight / n``.
+        precision of ``2 * clipping_range / quantization_range * max_weight / n``, and its weight
+        one of ``max_weight / quantization_range``.
     clipping_range : float
         Weighted values are clipped to plus or minus this.
     quantization_range : int
@@ -147,6 +150,21 @@ class SecAgg(Channel):
         self._check_precision(largest_weight)
         if self.strict:
             self._check_strict(clients)
+
+    def check_lightest(self, weight: int) -> None:
+        """Refuse to round off a weight.
+
+        Flower sends ``round(weight / max_weight * quantization_range)``, and multiplies values by
+        what is left of the weight: at 0 a client counts for nothing, and a sum of none is NaN.
+        """
+        if (steps := weight / self.max_weight * self.quantization_range) < LEAST_WEIGHT:
+            least = math.ceil(LEAST_WEIGHT * self.max_weight / weight)
+            raise ValueError(
+                f"with max_weight={self.max_weight:g} and quantization_range="
+                f"{self.quantization_range} the client that trains on {weight} examples would "
+                f"weigh {steps:.3g} steps, which are rounded, and {LEAST_WEIGHT} are enough; use "
+                f"a smaller max_weight, or a quantization_range of at least {least}"
+            )
 
     def _check_precision(self, weight: int) -> None:
         """Refuse rounding, or cutting off, that leaves nothing of the heaviest client's upload."""

@@ -49,6 +49,29 @@ def test_it_moves_by_no_more_than_a_factor_of_two_whatever_the_noise() -> None:
         assert before / 2.001 <= defense.bound(ctx) <= 2.001 * before
 
 
+def next_norm(defense: AdaptiveNoiseDP, update: torch.Tensor, seed: int = 0) -> float:
+    ctx = context(seed)
+    defense.transform_update({"a": update}, ctx)
+    return defense.bound(ctx)
+
+
+def test_the_norm_that_the_client_remembers_is_noised() -> None:
+    """Over 2,000 secrets, at steps far below the factor of two that ends them."""
+    defense = AdaptiveNoiseDP(norm=3.0, rate=0.02, headroom=1.5, norm_sigma=2.0)
+    moved = [math.log(next_norm(defense, torch.zeros(4), seed) / 3.0) for seed in range(2000)]
+    spread = 0.02 * 1.5 * 2.0
+    assert float(torch.tensor(moved).std()) == pytest.approx(spread, rel=0.07)  # 4 std. errors
+    assert sum(moved) / 2000 == pytest.approx(-0.02, abs=4 * spread / 2000**0.5)
+
+
+def test_the_norm_that_it_remembers_is_of_the_clipped_update() -> None:
+    """Its sensitivity is C: an update of a million times that moves it as one of C does."""
+    defense = AdaptiveNoiseDP(norm=3.0, rate=0.01)
+    one = torch.tensor([3.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    assert next_norm(defense, 1e6 * one) == pytest.approx(next_norm(defense, one), rel=1e-6)
+    assert next_norm(defense, one) != pytest.approx(next_norm(defense, one / 2), rel=1e-6)
+
+
 def test_no_upload_is_longer_than_its_norm_before_the_noise() -> None:
     update = {"a": torch.full((100,), 5.0)}
     sent = AdaptiveNoiseDP(norm=2.0, sigma=1e-6, least=1e-9).transform_update(update, context())

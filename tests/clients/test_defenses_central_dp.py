@@ -77,6 +77,32 @@ def test_the_noise_of_the_average_is_z_times_s_over_n(
     assert float((got - clean).std()) == pytest.approx(sigma * norm / clients, rel=0.02)
 
 
+@pytest.mark.parametrize(("norm", "sigma", "clients"), [(1.0, 1.0, 4), (0.5, 2.0, 20)])
+def test_where_the_norm_follows_the_sum_has_the_noise_that_is_left_to_it(
+    norm: float, sigma: float, clients: int
+) -> None:
+    """15 % more than ``sigma``: what is told of the share is paid for with it."""
+    defense = CentralDP(norm=norm, sigma=sigma, adaptive=True)
+    got = aggregated(server(defense, clients), ZERO, [ZERO] * clients)["w"]
+    expected = defense.noise_multiplier(clients) * norm / clients
+    assert expected == pytest.approx(2 / 3**0.5 * sigma * norm / clients)
+    assert float(got.std()) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize(("clients", "sigma"), [(4, 1.0), (3, 0.5)])
+def test_the_share_of_short_updates_is_noised(clients: int, sigma: float) -> None:
+    """Over 800 secrets: the spread of log S is that of the count's noise, its mean the step."""
+    defense = CentralDP(sigma=sigma, adaptive=True, rate=0.1)
+    zero, moved = {"w": np.zeros(4, np.float32)}, []
+    for seed in range(800):
+        made = server(defense, clients, seed)
+        aggregated(made, zero, [zero] * clients)
+        moved.append(math.log(made.norm / defense.norm))
+    expected = 0.1 * defense.count_noise(clients) / clients
+    assert float(np.std(moved)) == pytest.approx(expected, rel=0.1)  # 4 standard errors
+    assert float(np.mean(moved)) == pytest.approx(-0.1 * (1 - 0.5), abs=4 * expected / 800**0.5)
+
+
 def test_one_client_moves_the_average_by_no_more_than_twice_s_over_n() -> None:
     others = [along(k, 2.0) for k in range(3)]
     moved = [

@@ -131,6 +131,16 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "channel",
         "a smaller clipping_range or max_weight",
     ),
+    "weight that is rounded off": (
+        {"channel": "secagg(max_weight=1e7, clipping_range=0.1)"},
+        "channel",
+        "examples would weigh 0.839 steps",
+    ),
+    "blocks that nobody mixes": (
+        {"attack": "sparse-linear-layer", "threat-model": "G", "channel": "fragmented"},
+        "attack",
+        "refuse to mix it with another's; use channel = 'plain' or one that sums",
+    ),
     "clipping that leaves no value": (
         {"channel": "secagg(clipping_range=1e-300)"},
         "channel",

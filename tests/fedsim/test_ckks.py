@@ -244,11 +244,58 @@ def test_a_broken_upload_does_not_spoil_the_sum(
         ("ckks(coeff_modulus=[60])", 4, 8, "two primes"),
         ("ckks(coeff_modulus=[60, 60, 60, 60])", 4, 8, "128 bits of security; at most 218"),
         ("ckks(coeff_modulus=[50, 50])", 4, 300, "wrap around at 512"),
+        ("ckks(coeff_modulus=[60, 60], scale_bits=10)", 4, 8, "scale_bits=10 .* use 34 or more"),
+        (
+            "ckks(poly_modulus_degree=4096, coeff_modulus=[40, 20, 40], scale_bits=20)",
+            4,
+            8,
+            "off by up to 0.0078, .* use 33 or more",
+        ),
+        (
+            "ckks(poly_modulus_degree=32768, coeff_modulus=[20, 20, 20, 20])",
+            4,
+            8,
+            "SEAL refuses .* enough qualifying primes",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(channel: str, clients: int, weight: int, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         build("channel", channel, "channel").check(clients, weight)
+
+
+@pytest.mark.parametrize(
+    ("degree", "modulus", "least"),
+    [
+        (4096, [60, 49], 33),
+        (8192, [60, 60], 34),
+        (8192, [60, 40, 40, 60], 34),
+        (16384, [60, 60], 35),
+        (32768, [60, 30, 60], 36),
+    ],
+)
+def test_the_fewest_scale_bits_that_are_taken_are_exact_to_a_millionth(
+    degree: int, modulus: list[int], least: int
+) -> None:
+    """The error has the law that the bar was computed from: N / 6 units, tails of Laplace's."""
+    made = Ckks(poly_modulus_degree=degree, coeff_modulus=modulus, scale_bits=least)
+    made.check(10, 8)
+    with pytest.raises(ValueError, match=f"use {least} or more"):
+        Ckks(poly_modulus_degree=degree, coeff_modulus=modulus, scale_bits=least - 1).check(10, 8)
+    key = ckks._new_context(degree, modulus, least)
+    values = np.random.default_rng(0).uniform(-1, 1, degree // 2)
+    off = np.mean(
+        [ckks.decrypt(key, ckks.encrypt(key, values, degree // 2)) - values for _ in range(2)],
+        axis=0,
+    )
+    assert off.std() * 2**least == pytest.approx(degree / 6 / 2**0.5, rel=0.1)
+    assert np.abs(off).max() < made.error < 1e-6
+
+
+def test_what_seal_does_not_return_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ckks, "error", 0.0)
+    with pytest.raises(ValueError, match=r"came back off by .* with scale_bits=20"):
+        Ckks(scale_bits=20).check(4, 8)
 
 
 def test_a_missing_library_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

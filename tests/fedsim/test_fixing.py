@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -11,7 +12,7 @@ from fedsim.cli import app
 from fedsim.data import DataSpec
 from fedsim.errors import ScenarioError
 from fedsim.fixing import fixes
-from fedsim.models import build_model, group_normalized, mixing_layers
+from fedsim.models import build_model, group_normalized, mixing_layers, travelling
 from fedsim.parts import Parts, check
 from fedsim.scenario import Scenario
 from tests.fedsim.small import scenario
@@ -63,6 +64,42 @@ def test_what_fix_says_is_accepted(model: str, policy: str, tmp_path: Path) -> N
     with pytest.raises(ScenarioError, match="normalizes over the batch"):
         check(Parts(refused))
     check(Parts(refused.with_changes(**fixes(refused))))
+
+
+@pytest.mark.parametrize(
+    ("defenses", "policy", "fixed"),
+    [
+        ("dropout | dp-sgd", "private", "private"),  # without it dropout would be off
+        ("dropout | dp-sgd", "shared", "shared"),
+        ("dropout | dp-sgd | local-dp", "shared", "private"),  # shared would void the guarantee
+        ("dp-sgd", "private", "frozen"),  # there is none left to have a policy for
+        ("dp-sgd", "frozen", "frozen"),
+    ],
+)
+def test_the_policy_changes_only_where_the_users_does_not_pass(
+    defenses: str, policy: str, fixed: str, tmp_path: Path
+) -> None:
+    changes = {"defenses": defenses, "model.name": WITH[1], "model.batchnorm": policy}
+    refused = scenario(tmp_path, changes)
+    found = fixes(refused)
+    assert found.get("model.batchnorm") == (None if fixed == policy else fixed)
+    check(Parts(refused.with_changes(**found)))
+
+
+def test_weights_of_a_network_with_batchnorm_are_named_with_the_remedy(tmp_path: Path) -> None:
+    changes = {"defenses": "dp-sgd", "model.name": WITH[0]}
+    unweighted = scenario(tmp_path, changes)
+    saved = tmp_path / "saved.safetensors"
+    save_file(travelling(Parts(unweighted).model()), saved)
+    refused = unweighted.with_changes(**{"model.weights": str(saved)})
+    with pytest.raises(ScenarioError, match=r"network with BatchNorm, .* leave model.weights out"):
+        fixes(refused)
+    name = fixes(unweighted)["model.name"]
+    save_file(travelling(Parts(unweighted).model(name)), saved)
+    assert fixes(refused) == {"model.name": name}
+    saved.unlink()
+    with pytest.raises(ScenarioError, match="cannot be read"):
+        fixes(refused)
 
 
 def test_a_scenario_that_is_right_has_nothing_to_fix(tmp_path: Path) -> None:

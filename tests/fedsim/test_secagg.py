@@ -1,5 +1,6 @@
 """Behind secure aggregation the server gets one sum, exact to the quantization, and no upload."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +142,10 @@ def test_what_one_client_sends_says_nothing_of_its_upload(
 def test_any_all_but_one_masked_uploads_reveal_nothing(
     clients: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each alone, and the sum of any n - 1 of n, is uniform over the modulus: 64 bins, chi-square.
+    """Any n - 1 of n and fewer, added or subtracted, are uniform over the modulus.
 
-    The quantized upload itself is what such a test finds: all of it in two bins.
+    64 bins, chi-square.  What such a test finds is the quantized upload itself, all of it in two
+    bins, and one mask that all clients share: it falls out of differences.
     """
     masked: list[np.ndarray[Any, Any]] = []
     honest = secaggplus_workflow.bytes_to_ndarray
@@ -155,15 +157,25 @@ def test_any_all_but_one_masked_uploads_reveal_nothing(
     monkeypatch.setattr(secaggplus_workflow, "bytes_to_ndarray", peep)
     changes = {"federation.clients": clients, "model.name": "mlp(hidden=[128])"}
     ran = summed(tmp_path, {"channel": "secagg(max_weight=2)", **changes})
-    layers = [array.astype(np.uint64) for array in masked if array.shape == (128, 64)]
+    layers = [array.astype(np.int64) for array in masked if array.shape == (128, 64)]
     assert len(layers) == clients
-    for left_out in range(clients):
-        others = [layer for at, layer in enumerate(layers) if at != left_out]
-        assert 15 < chi_square(np.sum(others, axis=0)) < 125  # 63 degrees of freedom: 63 ± 5.5 std
-        assert 15 < chi_square(layers[left_out]) < 125
+    found = [chi_square(layer) for layer in combined(layers)]
+    assert 15 < min(found) < max(found) < 125  # 63 degrees of freedom: 63 ± 5.5 std
     sent, _ = uploads(ran, "1.weight")
-    steps = np.rint((sent[0].numpy() + 8) / 16 * 2**22).astype(np.uint64)
-    assert chi_square(steps) > 100_000
+    steps = [np.rint((one.numpy() + 8) / 16 * 2**22).astype(np.int64) for one in sent]
+    assert chi_square(steps[0]) > 100_000
+    if clients > 2:
+        common = [(step + layers[0]) % 2**32 for step in steps]
+        sums = [chi_square(np.sum(np.delete(common, at, axis=0), axis=0)) for at in range(clients)]
+        assert max(sums) < 125  # that sums are uniform says nothing of it
+        assert max(map(chi_square, combined(common))) > 100_000
+
+
+def combined(layers: list[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+    """Return any n - 1 of n and fewer, each of them added, subtracted or left out."""
+    signs = product((0, 1, -1), repeat=len(layers))
+    partial = [some for some in signs if 0 in some and sum(np.abs(some)) > 0]
+    return [np.tensordot(some, layers, axes=1) for some in partial]
 
 
 def chi_square(values: np.ndarray[Any, Any], bins: int = 64) -> float:
@@ -260,6 +272,26 @@ def test_the_largest_client_must_weigh_no_more_than_max_weight(case: str, tmp_pa
             continue
         with pytest.raises(ScenarioError, match=f"let max_weight be at least {largest}$"):
             check(Parts(scenario(tmp_path, changes)))
+
+
+def test_weights_that_are_taken_are_kept_to_a_twentieth_of_a_percent(tmp_path: Path) -> None:
+    """At the largest max_weight for the lightest of ten unequal clients the mean is true still."""
+    common = {"federation.local": FEDAVG, **SKEWED, "federation.clients": 10}
+    lightest = min(map(len, Parts(scenario(tmp_path, common)).partitions))
+    most = lightest * 2**22 / 1000
+    refused = {**common, "channel": f"secagg(max_weight={1.001 * most!r}, clipping_range=0.1)"}
+    with pytest.raises(ScenarioError, match=rf"on {lightest} examples would weigh 999 steps"):
+        check(Parts(scenario(tmp_path, refused)))
+    ran = summed(
+        tmp_path, {**common, "channel": f"secagg(max_weight={most!r}, clipping_range=0.1)"}
+    )
+    (view,) = ran.views
+    for name, found in view.received.items():
+        sent, weights = uploads(ran, name)
+        mean = torch.tensordot(weights / weights.sum(), sent, dims=1)
+        rounded = 10 * ran.federation["channel"]["quantization_step"] * most / weights.sum()
+        bound = 5e-4 * (sent - mean).abs().max() + rounded + 1e-6
+        assert (found.double() - mean).abs().max() <= bound
 
 
 def test_its_cohort_is_those_who_train_not_those_who_are_there(tmp_path: Path) -> None:

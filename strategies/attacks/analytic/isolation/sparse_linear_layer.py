@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear, relu
 
 from fedsim import registry
-from fedsim.attack import Manipulation, ModelToSend, Paper, Reconstruction, ToyCase
+from fedsim.attack import Manipulation, ModelToSend, Paper, Reconstruction, Setting, ToyCase
 from fedsim.data import DataSpec
 from fedsim.models import build_model, load_arrays
 from fedsim.registry import register
@@ -198,6 +198,15 @@ class SparseLinearLayer(Manipulation):
             raise ValueError(
                 "it reads one step's gradient; with fedavg use the attack made for it, loki, or "
                 "write federation.local = 'fedsgd(...)'"
+            )
+
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse a channel that mixes: the block of one client has no place in another's upload."""
+        if setting.channel.mixes:
+            raise ValueError(
+                f"each client's block is its own, and clients behind {setting.channel.name} refuse "
+                "to mix it with another's; use channel = 'plain' or one that sums (secagg, "
+                "trusted-sum), or an attack that sends all of them one model (robbing-the-fed)"
             )
 
     # -- what is sent ----------------------------------------------------------------------------
