@@ -1,5 +1,7 @@
 """Refiner and Learning to obscure: what is uploaded is of other images, that are like enough."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -92,6 +94,22 @@ def test_synthetic_images_come_to_have_the_private_features() -> None:
         seen.append(ctx.effects.pop("obscure").figures)
     assert seen[1]["distance of features"] < 0.7 * seen[0]["distance of features"]
     assert seen[1]["ssim to the private image"] < 0.3
+
+
+def test_what_obscuring_lessens_by_hand() -> None:
+    """Two examples share the first synthetic image, the third has one of its own."""
+    model, (images, _) = small_model(), few_images(3)
+    synthetic, _ = few_images(2, seed=1)
+    z, target = features(model, synthetic), features(model, images)
+    target = torch.stack([(target[0] + target[1]) / 2, target[2]])
+    shares = [float((z[i] - target[i]).norm() / target[i].norm()) for i in range(2)]
+    pairs = ((0, 0), (0, 1), (1, 2))
+    rms = [float((synthetic[s] - images[i]).square().mean().sqrt()) for s, i in pairs]
+    like = sum(math.exp(-length / 0.6) for length in rms) / 3
+    objective = Obscure(beta=2.0, reach=0.6).objective(model, images, torch.tensor([0, 0, 1]))
+    expected = (shares[0] ** 2 + shares[1] ** 2) / 2 + 2.0 * like
+    assert like > 0.1
+    assert float(objective(synthetic).detach()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_several_examples_can_share_a_synthetic_one() -> None:
