@@ -36,9 +36,15 @@ def gradient_of(model: nn.Module, batch: Batch, *, create_graph: bool = False) -
 
     With ``create_graph`` it can be differentiated again, by the images.
     """
+    loss = cross_entropy(logits(model, batch[0]), batch[1])
+    return slopes(loss, model, create_graph=create_graph)
+
+
+def slopes(loss: Tensor, model: nn.Module, *, create_graph: bool = False) -> Tensors:
+    """Return a loss's gradient by parameter name; zero for a parameter that had no part in it."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(
-        cross_entropy(logits(model, batch[0]), batch[1]),
+        loss,
         list(parameters.values()),
         create_graph=create_graph,
         allow_unused=True,

@@ -46,6 +46,11 @@ class Sent:
     upload: Tensors
     ctx: ClientContext
 
+    @property
+    def batchnorm(self) -> str:
+        """The scenario's policy that has clients in this mode."""
+        return "private" if self.shared.training else "frozen"
+
     def view(self) -> ServerView:
         """Return what the server sees.
 
@@ -86,7 +91,9 @@ def inverted(
     """
     client = replace(Honest(seen.expression, spec()), dtype=torch.float64)
     view = seen.view()
-    known = client.knowledge("B", len(labels), labels={view.label: labels})
+    known = client.knowledge(
+        "B", len(labels), labels={view.label: labels}, batchnorm=seen.batchnorm
+    )
     attack = InvertingGradients(iterations=iterations, tv=tv, labels="oracle", without=without)
     with seeds.seeded_globals(0):
         return attack.reconstruct([view], known).examples
@@ -95,9 +102,9 @@ def inverted(
 def given_the_secret(seen: Sent, labels: Tensor, **settings: float) -> Tensor:
     """Do as :func:`inverted`, with the client's own module in the attacker's hands."""
     with pytest.MonkeyPatch.context() as patch:
-        secret = copy.deepcopy(seen.trained)
+        secret = copy.deepcopy(seen.trained).train(seen.shared.training)
         secret.spec = spec()  # type: ignore[assignment]
-        patch.setattr(Knowledge, "model", lambda _, __: secret.eval())
+        patch.setattr(Knowledge, "model", lambda _, __: secret)
         return inverted(seen, labels, **settings)  # type: ignore[arg-type]
 
 
@@ -114,7 +121,7 @@ def jointly(
     Cosine distance of the whole upload; signed Adam on pixels, Adam on the guess's parameters that
     were not uploaded.
     """
-    model = guess.eval()
+    model = guess.train(seen.shared.training)
     parameters = dict(model.named_parameters())
     wanted = [parameters[name] for name in seen.upload]
     private = [p for name, p in parameters.items() if name not in seen.upload]

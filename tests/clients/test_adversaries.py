@@ -18,6 +18,7 @@ NAMED = [row for row in rows() if row.adversary]
 ASKED: dict[str, dict[str, Any]] = {
     "distributed-dp": {"federation.clients": 8},
     "dropout": {"model.batchnorm": "private"},
+    "fedkl": {"model.batchnorm": "private"},
     "lr-perturbation": {"federation.local": "fedavg(epochs=3, batch_size=1, lr=0.01)"},
 }
 

@@ -3,12 +3,14 @@
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
+from torch.nn.functional import cross_entropy
 
 from clients.defenses.model import cvb
 from clients.defenses.model.cvb import CVB, ConvolutionalBottleneck, as_log_variance, first_block
 from clients.defenses.model.precode import Precode, divergence
 from fedsim.models import build_model
 from tests.clients.model_side import images_of, inverted, sent, spec
+from tests.clients.one_update import context
 from tests.strategies.passive.honest import psnr
 
 SMALL = "convnet(width=8)"
@@ -26,6 +28,21 @@ def test_the_divergence_is_that_of_torch_in_nats():
     nats = kl_divergence(Normal(mean, std), Normal(0.0, 1.0)).sum(dim=1).mean()
     told = layer.penalty(features, torch.zeros(2))
     assert told.item() == pytest.approx(0.5 * nats.item(), abs=1e-5)
+
+
+def test_the_loss_is_cross_entropy_and_so_many_nats():
+    images, labels = images_of(3)
+    model = build_model(CVB(beta=0.5).architecture(SMALL), spec()).double()
+    block = model.body[1]
+    with torch.no_grad():  # no noise: the same features, twice
+        features = block.layer(model.body[0](model.normalize(images)))
+        mean, std = block.bottleneck.encode(features)
+        nats = kl_divergence(Normal(mean, std), Normal(0.0, 1.0)).sum(dim=1).mean()
+        told = CVB(beta=0.5).loss(model, (images, labels), context())
+        assert 0.5 * nats > 0.1
+        assert told.item() == pytest.approx(
+            (cross_entropy(model(images), labels) + nats / 2).item()
+        )
 
 
 def test_the_divergence_of_what_is_drawn_keeps_the_noise_and_the_authors_does_not():

@@ -1,12 +1,15 @@
 """DCS-2: never against the true gradient, and a search that ends as it says."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from clients.defenses.learning.dcs2 import DCS2, projected
 from clients.defenses.learning.stand_ins import descended, flat, similarity
-from tests.clients.a_step import a_step, few_images, small_model
+from tests.clients.a_step import a_step, few_images, small_model, true_gradient
 from tests.clients.one_update import cosine
 
 
@@ -20,6 +23,42 @@ def test_it_never_points_against_the_true_gradient(seed: int, lambda_y: float) -
     assert 0 <= cosine(made, true) < 0.9999
     figures = ctx.effects["dcs2"].figures
     assert figures["cosine to the true gradient"] == pytest.approx(cosine(made, true), abs=1e-5)
+
+
+def test_what_it_lessens_by_hand() -> None:
+    model, (images, labels) = small_model(), few_images(2)
+    true, others = true_gradient(model, (images, labels)), labels + 1
+    concealed = images.flip(0)
+    moved = (concealed - images) / 0.25
+    cos = cosine(true_gradient(model, (concealed, others)), true)
+    lengths = moved.flatten(1).norm(dim=1).tolist()
+    near = math.exp(-0.05 * (lengths[0] + lengths[1]) / 2)
+    z, was = model(concealed).detach(), model(images).detach()
+    apart = sum(float((z[i] - was[i]).norm() / was[i].norm()) for i in range(2)) / 2
+    assert near > 0.1
+    assert 0.02 < apart < 10
+    for epsilon, margin in ((0.01, 2.0 * (apart - 0.01)), (10.0, 0.0)):
+        defense = DCS2(lambda_x=0.05, lambda_z=2.0, epsilon=epsilon)
+        told = defense.objective(model, images, others, true)(moved)
+        assert float(told.detach()) == pytest.approx(1 - cos + near + margin, rel=1e-4)
+
+
+@pytest.mark.parametrize(("lambda_y", "shares"), [(0.9, 3), (0.2, 3), (1.0, 2)])
+def test_the_gradient_is_of_the_three_terms(
+    lambda_y: float, shares: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, (images, labels) = small_model(), few_images()
+    concealed, others = images.flip(0), (labels + 3) % 10
+    _, ctx = a_step(model, (images, labels))
+    monkeypatch.setattr(DCS2, "concealed", lambda *_: (concealed, others, 1))
+    made = DCS2(lambda_y=lambda_y).gradients(model, (images, labels), ctx)
+    assert ctx.effects["dcs2"].figures["projected"] == 0
+    loss = lambda_y * cross_entropy(model(concealed), others)
+    loss = loss + (1 - lambda_y) * cross_entropy(model(concealed), labels)
+    loss = (loss + cross_entropy(model(images), labels)) / shares
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    for mine, other in zip(made.values(), expected, strict=True):
+        assert torch.allclose(mine, other, atol=1e-6)
 
 
 def test_the_projection_is_the_quadratic_programs_solution() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from clients.defenses.learning.digestnn import DigestNN
 from fedsim import seeds
@@ -53,6 +54,18 @@ def test_what_the_shared_parameters_get_is_the_gradient_of_the_digest() -> None:
     for (name, _), g in zip(shared, found, strict=True):
         assert torch.allclose(g, plain[name], atol=1e-6)
     assert ctx.effects["digestnn"].figures["distance"] > 0.1
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.5])
+def test_the_loss_is_less_by_the_distance(apart: float) -> None:
+    defense, ctx, (images, labels) = DigestNN(apart=apart), context(), few_images(3)
+    model = defense.wrap_model(small_model(), ctx)
+    digest = defense.digested(model, images).detach()
+    lengths = [float((digest[i] - images[i]).square().mean().sqrt()) for i in range(3)]
+    assert min(lengths) > 0.1
+    plain = float(cross_entropy(small_model()(digest), labels).detach())
+    told = float(defense.loss(model, (images, labels), ctx).detach())
+    assert told == pytest.approx(plain - apart * sum(lengths) / 3, rel=1e-5)
 
 
 def test_it_learns_to_be_right_and_elsewhere() -> None:

@@ -73,6 +73,17 @@ def test_entries_are_clamped_first() -> None:
     assert [DPFL().limit(plan) for plan in (FEDSGD, FEDAVG)] == pytest.approx([1.0, 0.5])
 
 
+def test_what_is_not_finite_is_within_the_clamp_too() -> None:
+    ctx, update = trained()
+    wild = {name: tensor.clone() for name, tensor in update.items()}
+    wild["1.bias"][:3] = torch.tensor([math.nan, math.inf, -math.inf])
+    defense = DPFL(sensitivity="vector", activity="public")
+    noise = defense.transform_update(update, ctx)
+    sent = defense.transform_update(wild, ctx)
+    assert torch.allclose(sent["1.bias"][:3], noise["1.bias"][:3] + torch.tensor([0.0, 1.0, -1.0]))
+    assert all(torch.equal(sent[n][3:], noise[n][3:]) for n in sent)
+
+
 def test_the_noise_follows_the_secret_key(monkeypatch: pytest.MonkeyPatch) -> None:
     ctx, update = trained()
     first = DPFL().transform_update(update, ctx)["1.weight"]

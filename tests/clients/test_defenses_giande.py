@@ -1,8 +1,10 @@
 """Twins are what the formula says; they hide nothing from who can solve or isolate."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from clients.defenses.learning.giande import Giande, restyled, stage, style_amounts
@@ -92,8 +94,29 @@ def test_the_feature_loss_is_added_and_its_hook_removed() -> None:
     assert stage(body, "body.4") is model.get_submodule("body.4")
 
 
-def test_a_model_without_the_features_is_refused() -> None:
-    model = initial_model("mlp(hidden=[8])", SPEC, 0)
-    with pytest.raises(ValueError, match="features= is one of"):
-        Giande(features="layer3").check(model, "gradient")
+@pytest.mark.parametrize("features", ["blocks.9", "blocks.6", "blocks.0.conv1", "fc"])
+def test_features_that_cannot_be_restyled_are_refused(features: str) -> None:
+    """Of images of 4 x 4 the third stage makes maps of one place, which have no deviation.
+
+    What a shortcut passes by would be halved, and the shortcut not.
+    """
+    model = initial_model("resnet20(width=4)", replace(SPEC, shape=(3, 4, 4)), 0)
+    with pytest.raises(ValueError, match=r"features= is one of .*, blocks\.5$") as refused:
+        Giande(features=features).check(model, "gradient")
+    listed = str(refused.value).rpartition("one of ")[2].split(", ")
+    assert listed == ["normalize", "conv1", "norm1", *(f"blocks.{n}" for n in range(6))]
+    images, labels = extended(Giande())
+    small = nn.functional.interpolate(images, 4)
+    for name in listed:
+        Giande(features=name).check(model, "gradient")
+        loss = Giande(features=name).loss(model.double(), (small, labels), client())
+        assert loss is not None
+        assert bool(loss.isfinite())
+
+
+@pytest.mark.parametrize(("network", "features"), [("mlp(hidden=[8])", "1"), ("vit", "blocks.0")])
+def test_rows_and_tokens_are_no_maps(network: str, features: str) -> None:
+    model = initial_model(network, SPEC, 0)
+    with pytest.raises(ValueError, match="one of nothing in this model: leave it out"):
+        Giande(features=features).check(model, "gradient")
     Giande().check(model, "gradient")

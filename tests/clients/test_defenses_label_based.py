@@ -96,6 +96,15 @@ def test_each_group_is_normalized_by_itself() -> None:
     assert torch.equal(ghosted(features), plain(features))
 
 
+@pytest.mark.parametrize(("count", "sizes"), [(7, [3, 2, 2]), (10, [3, 3, 2, 2]), (3, [3])])
+def test_no_group_is_of_a_single_example(count: int, sizes: list[int]) -> None:
+    """Of maps of one place, a single example leaves nothing to normalize by."""
+    features = torch.randn(count, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    found = GhostBatchNorm2d(nn.BatchNorm2d(3), 4)(features)
+    for mine, part in zip(found.split(sizes), features.split(sizes), strict=True):
+        assert torch.equal(mine, nn.BatchNorm2d(3)(part))
+
+
 def test_names_stay_and_only_groups_wrap() -> None:
     model = initial_model("convnet(width=4, norm='batch')", SPEC, 0)
     names = [name for name, _ in model.named_parameters()]

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,10 @@ from torch.nn.functional import cross_entropy
 from clients.defenses.learning.lr_perturbation import LRPerturbation
 from clients.trainer import rate
 from fedsim import seeds
+from fedsim.errors import ScenarioError
+from fedsim.parts import Parts, check
 from tests.clients.one_update import context, smooth_image
+from tests.fedsim.small import scenario
 
 RATE = 0.01
 
@@ -124,6 +128,23 @@ def test_the_trainer_is_given_the_drawn_rate_and_the_auditor_is_told() -> None:
     effect = ctx.effects["lr-perturbation"]
     assert effect.changed
     assert effect.figures["mean_rate"] == pytest.approx(sum(rates) / 4)
+
+
+@pytest.mark.parametrize(
+    ("local", "refused"),
+    [
+        ("fedavg(epochs=1, batch_size=5000)", True),
+        ("fedavg(epochs=2, batch_size=5000)", False),
+        ("fedavg(epochs=1, batch_size=200)", False),
+    ],
+)
+def test_one_step_a_round_is_refused(local: str, refused: bool, tmp_path: Path) -> None:
+    changes = {"defenses": "lr-perturbation", "federation.local": local, "attack": "none"}
+    parts = Parts(scenario(tmp_path, changes))
+    if not refused:
+        return check(parts)
+    with pytest.raises(ScenarioError, match=r"federation.local makes one step .*batch_size=5000"):
+        check(parts)
 
 
 def test_fedsgd_is_refused_because_nothing_would_change() -> None:

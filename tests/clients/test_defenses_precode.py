@@ -1,15 +1,18 @@
 """PRECODE: the divergence is right, chance reaches every layer, and what it does not hide."""
 
+from math import log
+
 import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
+from torch.nn.functional import cross_entropy
 
 from clients.defenses.model import precode
 from clients.defenses.model.precode import Bottleneck, Precode
 from fedsim.models import build_model
 from tests.clients.model_side import images_of, inverted, sent, spec
-from tests.clients.one_update import flat
+from tests.clients.one_update import context, flat
 from tests.strategies.passive.honest import psnr
 
 SMALL = "convnet(width=8)"
@@ -34,6 +37,19 @@ def test_the_known_divergence_is_as_many_bits():
     assert precode.divergence(mean, std).item() == pytest.approx(11.73, abs=1e-5)
     layer.encode = lambda _: (mean, std)
     assert layer.penalty(torch.zeros(1, 6), torch.zeros(1)).item() == pytest.approx(16.92, abs=5e-3)
+
+
+def test_the_loss_is_cross_entropy_and_so_many_bits():
+    images, labels = images_of(3)
+    model = build_model(Precode(beta=0.5).architecture(SMALL), spec()).double()
+    with torch.no_grad():  # no noise: the same features, twice
+        mean, std = model.fc.bottleneck.encode(model.body(model.normalize(images)).flatten(1))
+        bits = kl_divergence(Normal(mean, std), Normal(0.0, 1.0)).sum(dim=1).mean() / log(2)
+        told = Precode(beta=0.5).loss(model, (images, labels), context())
+        assert 0.5 * bits > 1
+        assert told.item() == pytest.approx(
+            (cross_entropy(model(images), labels) + bits / 2).item()
+        )
 
 
 def test_the_bottleneck_costs_so_many_parameters():

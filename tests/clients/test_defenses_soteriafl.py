@@ -144,6 +144,16 @@ def test_noise_has_its_deviation_and_follows_the_secret_key(
     assert not torch.equal(first, defense.transform_update(zeros, context())["a"])
 
 
+def test_what_is_noised_was_clipped_first() -> None:
+    """All is kept and the noise is nothing: the upload of a norm of 50 is of a norm of 1."""
+    update = {"a": torch.full((30,), 4.0), "b": torch.full((4, 5), 10.0)}
+    length = math.sqrt(30 * 4.0**2 + 20 * 10.0**2)
+    assert length > 49
+    sent = SoteriaFL(std=1e-9, keep=1.0).transform_update(update, context())
+    for name, tensor in update.items():
+        assert torch.allclose(sent[name], tensor / length, atol=1e-6)
+
+
 def test_the_papers_noise_does_not_give_its_epsilon_where_the_mean_is_clipped() -> None:
     """m 6,000, T 1,000, delta 1e-3: sigma for an epsilon of 4 gives one of millions."""
     rounds, stated = 1000, 4.0

@@ -47,6 +47,20 @@ def test_the_polarization_loss_by_hand():
     assert branch.penalty(features, torch.tensor([[0.9, 0.1, 0.0]])).item() == told.item()
 
 
+def test_the_loss_is_that_of_summed_logits_and_the_polarization():
+    images, labels = images_of(3)
+    trained = sent(SPN(polarization=0.5, margin=2.0), SMALL, images, labels).trained
+    features = trained.body(trained.normalize(images)).flatten(1)  # type: ignore[operator]
+    public, branch = trained.fc, trained.fc.secret.layer  # type: ignore[union-attr]
+    private = features @ branch.weight.T + branch.bias  # type: ignore[operator,union-attr]
+    logits = features @ public.weight.T + public.bias + private  # type: ignore[operator]
+    code = torch.full_like(private, -1).scatter(1, labels.unsqueeze(1), 1.0)
+    short = (2.0 - code * private).clamp_min(0).sum(dim=1).mean()
+    told = SPN(polarization=0.5, margin=2.0).loss(trained, (images, labels), context())
+    assert short > 1
+    assert told.item() == pytest.approx((cross_entropy(logits, labels) + 0.5 * short).item())
+
+
 def test_the_branch_is_another_for_each_client_and_goes_on_where_it_was(tmp_path):
     changes = {"defenses": "spn", "federation.rounds": 2, "attack": "linear-inversion"}
     ran = federated(tmp_path, changes | {"threat-model": "A"})

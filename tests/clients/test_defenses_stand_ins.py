@@ -1,17 +1,23 @@
 """Refiner and Learning to obscure: what is uploaded is of other images, that are like enough."""
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from clients.defenses.aside import gradient_of
+from clients.defenses.learning.dcs2 import DCS2
 from clients.defenses.learning.obscure import Obscure, features, grouped
 from clients.defenses.learning.refiner import Refiner, key_weights
+from clients.defenses.model.pefl import PEFL
 from fedsim import seeds
 from fedsim.data import load_dataset
 from fedsim.defense import Defense
 from fedsim.models import build_model
 from tests.clients.a_step import a_step, few_images, joined, small_model
+from tests.fedsim.small import federated
 
 
 @pytest.mark.parametrize("defense", [Refiner(iterations=3), Obscure(iterations=3)])
@@ -94,6 +100,22 @@ def test_synthetic_images_come_to_have_the_private_features() -> None:
     assert seen[1]["ssim to the private image"] < 0.3
 
 
+def test_what_obscuring_lessens_by_hand() -> None:
+    """Two examples share the first synthetic image, the third has one of its own."""
+    model, (images, _) = small_model(), few_images(3)
+    synthetic, _ = few_images(2, seed=1)
+    z, target = features(model, synthetic), features(model, images)
+    target = torch.stack([(target[0] + target[1]) / 2, target[2]])
+    shares = [float((z[i] - target[i]).norm() / target[i].norm()) for i in range(2)]
+    pairs = ((0, 0), (0, 1), (1, 2))
+    rms = [float((synthetic[s] - images[i]).square().mean().sqrt()) for s, i in pairs]
+    like = sum(math.exp(-length / 0.6) for length in rms) / 3
+    objective = Obscure(beta=2.0, reach=0.6).objective(model, images, torch.tensor([0, 0, 1]))
+    expected = (shares[0] ** 2 + shares[1] ** 2) / 2 + 2.0 * like
+    assert like > 0.1
+    assert float(objective(synthetic).detach()) == pytest.approx(expected, rel=1e-5)
+
+
 def test_several_examples_can_share_a_synthetic_one() -> None:
     rows = torch.tensor([[1.0, 0], [3, 0], [5, 5]])
     assert grouped(rows, torch.tensor([0, 0, 1])).tolist() == [[2, 0], [5, 5]]
@@ -111,6 +133,26 @@ def test_the_gradient_of_the_private_images_themselves_would_be_the_true_one() -
     true, _ = a_step(model, batch)
     assert torch.allclose(joined(gradient_of(model, batch)), joined(true))
     assert features(model, batch[0]).shape == (4, model.fc.in_features)
+
+
+@pytest.mark.parametrize(
+    "defense", [Refiner(iterations=2), Obscure(iterations=2), DCS2(iterations=2)]
+)
+def test_a_parameter_without_a_part_in_the_loss_has_a_gradient_of_zero(defense: Defense) -> None:
+    """The factor that the client's own one stands in for."""
+    pefl = PEFL(private=True)
+    model = small_model(pefl.architecture("convnet(width=8, stride=2)"))
+    _, ctx = a_step(model, few_images())
+    made = defense.gradients(pefl.wrap_model(model, ctx), few_images(), ctx)
+    assert made is not None
+    assert [name for name, g in made.items() if not g.any()] == ["fc.factors.0.weight"]
+
+
+@pytest.mark.parametrize("defense", ["refiner", "obscure", "dcs2"])
+def test_clients_with_factors_of_their_own_can_have_stand_ins(defense: str, tmp_path: Path) -> None:
+    chain = f"pefl(private=True) | {defense}(iterations=2)"
+    ran = federated(tmp_path, {"defenses": chain, "attack": "none"})
+    assert not ran.failures
 
 
 def test_no_features_to_preserve() -> None:

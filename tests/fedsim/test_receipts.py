@@ -307,7 +307,7 @@ def test_what_a_defense_does_before_the_gradient_is_seen(defense: str, tmp_path:
     }
     if defense == "lr-perturbation":
         changes["federation.local"] = "fedavg(batch_size=200)"
-    if defense == "dropout":
+    if defense in ("dropout", "fedkl"):
         changes["model.batchnorm"] = "private"
     if "groups" in defense:
         changes |= {"model.name": "convnet(width=8, norm='batch')", "model.batchnorm": "private"}

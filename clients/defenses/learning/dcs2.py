@@ -33,7 +33,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from clients.defenses.aside import gradient_of, logits
+from clients.defenses.aside import gradient_of, logits, slopes
 from clients.defenses.learning.stand_ins import descended, flat, hard, told, uniform
 from clients.defenses.toy import RATIO_ATTACK
 from fedsim.attack import Paper, ToyCase
@@ -121,9 +121,7 @@ class DCS2(Defense):
             + (1 - self.lambda_y) * cross_entropy(fake, labels)
             + cross_entropy(real, labels)
         ) / (2 if self.lambda_y in (0, 1) else 3)
-        found = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
-        made = dict(zip(true, found, strict=True))
-        agreeing, added = projected(made, true, self.margin)
+        agreeing, added = projected(slopes(loss, model), true, self.margin)
         moved = (concealed - images) / standard(model, images)
         distance = moved.flatten(1).norm(dim=1).mean()
         told(

@@ -19,6 +19,7 @@ those that did not (``adversary``): as much as it gets from undefended clients.
 """
 
 from dataclasses import dataclass
+from math import prod
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -27,7 +28,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from clients.defenses.aside import logits
+from clients.defenses.model.network import Called, met
 from fedsim.attack import Paper, ToyCase
+from fedsim.data import DataSpec
 from fedsim.defense import Batch, ClientContext, Defense, Rank, Refusal
 from fedsim.registry import register
 
@@ -92,10 +96,15 @@ class Giande(Defense):
     feature_weight: Annotated[float, Field(gt=0, le=1e6)] = 1e-3
 
     def check(self, model: nn.Module, kind: str) -> None:  # noqa: ARG002
-        """Refuse a model without the module that ``features`` names."""
-        if self.features and stage(model, self.features) is None:
-            known = ", ".join(name for name, _ in model.named_modules() if name)
-            raise ValueError(f"this model has no {self.features!r}; features= is one of {known}")
+        """Refuse ``features`` that name no module whose output can be restyled."""
+        chosen, known = stage(model, self.features), met(model)
+        if self.features and not any(m.layer is chosen and fits(model, m) for m in known):
+            names = [module.name for module in known if fits(model, module)]
+            raise ValueError(
+                f"{self.features!r} is no module of this model that makes maps of more than one "
+                "place, without a shortcut around it; features= is one of "
+                + (", ".join(names) or "nothing in this model: leave it out")
+            )
 
     def transform_batch(self, batch: Batch, ctx: ClientContext) -> Batch:
         """Return originals, then their twins, labels repeated."""
@@ -130,6 +139,25 @@ def stage(model: nn.Module, name: str) -> nn.Module | None:
     """Return the module of this name, also where the server put something before the model."""
     modules: dict[str, Any] = dict(model.named_modules())
     return next((m for n, m in modules.items() if n == name or n.endswith("." + name)), None)
+
+
+def fits(model: nn.Module, module: Called) -> bool:
+    """Say whether a module makes maps with a deviation, and what follows takes half of the batch.
+
+    A shortcut around it would bring all of the batch.
+    """
+    if len(module.outputs) != 3 or prod(module.outputs[1:]) == 1:
+        return False
+    spec: DataSpec = model.spec  # type: ignore[assignment]
+    handle = module.layer.register_forward_hook(lambda *seen: seen[-1][:2])
+    try:
+        with torch.no_grad():
+            logits(model, next(model.parameters()).new_zeros(4, *spec.shape))
+    except RuntimeError:  # sizes that do not match
+        return False
+    finally:
+        handle.remove()
+    return True
 
 
 def style_amounts(count: int, generator: torch.Generator) -> Tensor:

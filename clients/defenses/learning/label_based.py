@@ -129,8 +129,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         self.train(like.training)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map ``[B, C, H, W]`` to the same; parts of at least two examples."""
+        """Map ``[B, C, H, W]`` to the same; parts of at least two examples, where there are two."""
         if not self.training:
             return super().forward(features)
-        parts = features.chunk(max(1, min(self.groups, len(features) // 2)))
+        parts = features.tensor_split(max(1, min(self.groups, len(features) // 2)))
         return torch.cat([super(GhostBatchNorm2d, self).forward(part) for part in parts])

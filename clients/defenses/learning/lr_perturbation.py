@@ -7,7 +7,7 @@ its secret stream.  Only the abstract could be read: whether the draw is for a r
 step is open, both are here; ada-LRP, which personalizes the mean, is not.
 
 It promises nothing.  After one local step an update is ``-eta_k g``: a factor that every ratio and
-cosine divides out.  For FedSGD, which uploads ``g`` itself, it changes nothing and is refused.
+cosine divides out: that is refused, as is FedSGD, which uploads ``g`` itself and is not changed.
 Over more steps a rate drawn once is one unknown scalar.  How far it turns the update hangs on what
 the steps are of: on one batch again and again hardly at all, over batches of single images a lot,
 where the rate is large.  On one image, 256 units and a rate of 0.01 a constant factor of 3 leaves
@@ -19,6 +19,7 @@ not see it at all.
 """
 
 from dataclasses import dataclass
+from math import ceil
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -26,7 +27,7 @@ from pydantic import Field
 from torch import nn
 
 from clients.defenses.toy import RATIO_ATTACK
-from fedsim.attack import Paper, ToyCase
+from fedsim.attack import Paper, Setting, ToyCase
 from fedsim.defense import ClientContext, Defense, Rank
 from fedsim.registry import register
 
@@ -86,6 +87,17 @@ class LRPerturbation(Defense):
             raise ValueError(
                 "fedsgd uploads the gradient itself, which no local learning rate touches; use "
                 "federation.local = 'fedavg(...)' with several steps a round"
+            )
+
+    def check_setting(self, setting: Setting) -> None:
+        """Refuse local training of one step, which a rate but scales."""
+        training, most = setting.training, max(setting.examples)
+        if training.epochs * ceil(most / training.batch_size) == 1:
+            raise ValueError(
+                f"federation.local makes one step a round: epochs={training.epochs}, batch_size="
+                f"{training.batch_size}, and no client holds more than {most} examples; a rate is "
+                "a factor that ratios and cosines divide out; let epochs be larger, or batch_size "
+                "smaller"
             )
 
     def learning_rate(self, lr: float, ctx: ClientContext) -> float:

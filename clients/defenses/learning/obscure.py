@@ -28,7 +28,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy, one_hot
 
-from clients.defenses.aside import entering, gradient_of, linear_layers
+from clients.defenses.aside import entering, gradient_of, linear_layers, slopes
 from clients.defenses.learning.stand_ins import descended, flat, similarity, told, uniform
 from clients.defenses.toy import RATIO_ATTACK
 from fedsim.attack import Paper, ToyCase
@@ -110,9 +110,7 @@ class Obscure(Defense):
         mean = torch.zeros_like(out).index_add(0, group, soft.to(out)) / size
         # A group weighs as many examples as it holds, so that the batch's mean stays a mean.
         loss = (cross_entropy(out, mean, reduction="none") * size[:, 0]).sum() / len(images)
-        found = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
-        true = gradient_of(model, batch)
-        made = dict(zip(true, found, strict=True))
+        made, true = slopes(loss, model), gradient_of(model, batch)
         told(
             self,
             ctx,

@@ -28,7 +28,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from clients.defenses.aside import gradient_of
+from clients.defenses.aside import gradient_of, slopes
 from clients.defenses.learning.stand_ins import descended, flat, similarity, told, uniform
 from clients.defenses.toy import RATIO_ATTACK
 from fedsim.attack import Paper, ToyCase
@@ -95,9 +95,8 @@ class Refiner(Defense):
         true = gradient_of(model, batch)
         weights = key_weights(model, true)
         robust = self.robust(images, self.objective(model, batch, true, weights), ctx)
-        loss = cross_entropy(model(robust), labels)
-        found = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
-        made, g = torch.cat([f.flatten() for f in found]), flat(true)
+        found = slopes(cross_entropy(model(robust), labels), model)
+        made, g = flat(found), flat(true)
         key = weights.topk(max(1, round(KEY * len(g)))).indices
         told(
             self,
@@ -106,7 +105,7 @@ class Refiner(Defense):
             cosine_of_key_parameters=float(cosine_similarity(made[key], g[key], dim=0)),
             ssim_to_the_private_image=float(similarity(robust, images).mean()),
         )
-        return dict(zip(true, found, strict=True))
+        return found
 
     def robust(
         self, images: Tensor, objective: Callable[[Tensor], Tensor], ctx: ClientContext

@@ -14,7 +14,7 @@ from fedsim.defense import ClientContext
 
 @dataclass(frozen=True)
 class Called:
-    """A module without parts, as a forward pass meets it: shapes are those of one example."""
+    """A module, as a forward pass meets it: shapes are those of one example."""
 
     name: str
     layer: nn.Module
@@ -24,6 +24,11 @@ class Called:
 
 def called(model: nn.Module) -> list[Called]:
     """Return the modules without parts in the order in which one black image goes through them."""
+    return [one for one in met(model) if not any(one.layer.children())]
+
+
+def met(model: nn.Module) -> list[Called]:
+    """Return the model's modules in the order in which one black image comes out of them."""
     found: list[Called] = []
 
     def note(name: str):  # type: ignore[no-untyped-def]
@@ -33,9 +38,7 @@ def called(model: nn.Module) -> list[Called]:
         return hook
 
     hooks = [
-        layer.register_forward_hook(note(name))
-        for name, layer in model.named_modules()
-        if not any(layer.children())
+        layer.register_forward_hook(note(name)) for name, layer in model.named_modules() if name
     ]
     spec: DataSpec = model.spec  # type: ignore[assignment]
     parameter, training = next(model.parameters()), model.training

@@ -119,7 +119,7 @@ class DPFL(Defense):
             record(ctx, self.name, (Release(0.0, pure=self.epsilon),))
             ctx.effect(self).releases = released(ctx, self.name)
         return {
-            name: tensor.clamp(-limit, limit) + scales[name] * laplace(tensor, generator)
+            name: clamped(tensor, limit) + scales[name] * laplace(tensor, generator)
             for name, tensor in update.items()
         }
 
@@ -212,6 +212,11 @@ def positive_shares(model: nn.Module, images: Tensor) -> dict[str, float]:
     with torch.no_grad():
         probe(images)
     return seen
+
+
+def clamped(tensor: Tensor, limit: float) -> Tensor:
+    """Return each entry cut off at ``+- limit``; what is not a number, which no cut holds, as 0."""
+    return tensor.nan_to_num().clamp(-limit, limit)
 
 
 def laplace(tensor: Tensor, generator: torch.Generator) -> Tensor:

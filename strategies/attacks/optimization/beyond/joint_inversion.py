@@ -88,7 +88,7 @@ class JointInversion(TakesLabels):
         "simulates them",
         measured="digits, convnet(width=8), 4 images one by one, 1000 iterations, tv 1e-5, "
         "inverting-gradients / joint inversion: spn 6.8 / 54.9 dB, pefl(private=True) 7.4 / 46.0, "
-        "fedkl 7.7 / 21.1 (fedsim run scenarios/joint_inversion.toml, with defenses and attack of "
+        "fedkl 7.4 / 28.1 (fedsim run scenarios/joint_inversion.toml, with defenses and attack of "
         "docs/methods/joint-inversion.md)",
     )
     needs = frozenset({Capability.UPDATES, Capability.BASICS, Capability.DETAILS})
