@@ -54,9 +54,10 @@ class Oasis(Defense):
         measured="fedsim run scenarios/oasis.toml (robbing-the-fed with a random functional, four "
         "candidates for each image that the client counts, 4 x 16 photo tiles): 46 of 64 exact, 50 "
         "at 20 dB; one candidate for each: 14 and 17; the default mean functional: none exact, 18 "
-        "at 20 dB, mean 16.8 dB; undefended 62 and 58 exact.  8 images, 200 bins, all bins read: mean functional 120 dB "
-        "before, 14.7 to 16.0 dB after, and the average of the four turns at 120 dB; random "
-        "functional 6 of 8 at 120 dB (pytest tests/clients/test_defenses_oasis.py)",
+        "at 20 dB, mean 16.8 dB; undefended 62 and 58 exact.  8 images, 200 bins, all bins read: "
+        "mean functional 120 dB before, 14.7 to 16.0 dB after, and the average of the four turns "
+        "at 120 dB; random functional 6 of 8 at 120 dB (pytest "
+        "tests/clients/test_defenses_oasis.py)",
     )
     toy: ClassVar[ToyCase] = ToyCase(
         scenario={
