@@ -147,7 +147,7 @@ class FedKL(Defense):
         "fedkl(key_length=4096)",
     )
     adversary: ClassVar[str] = (
-        "joint-inversion(iterations=200, restarts=1, tv=1e-2, rate=3.0, "
+        "joint-inversion(iterations=1000, restarts=1, tv=1e-3, rate=3.0, "
         "defense=\"fedkl(key_length=1, activation='sigmoid')\")"
     )
 
