@@ -158,7 +158,8 @@ def seeded_globals(seed: int | torch.Generator) -> Iterator[None]:
                 words = torch.randint(2**32, (_WORDS,), generator=seed)
                 random.seed(words.numpy().tobytes())
                 np.random.seed(words.numpy().astype(np.uint32))
-                torch.cuda.manual_seed_all(int(torch.randint(2**63 - 1, (), generator=seed)))
+                seed_there = hashlib.sha256(b"cuda" + words.numpy().tobytes()).digest()
+                torch.cuda.manual_seed_all(int.from_bytes(seed_there[:8], "big") >> 1)
                 torch.set_rng_state(seed.get_state())
             else:
                 random.seed(seed)
