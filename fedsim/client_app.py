@@ -199,7 +199,7 @@ def _respond(
     if truth:
         record = _record(parts, ctx, split, used, defenses)
         kept = upload if parts.attack is not None and parts.channel.masks else record.upload
-        cut_off = _beyond(upload, parts.channel.carries(_weight(defenses, ctx, len(used))))
+        cut_off = _beyond(upload, parts.channel.carries(max(1, _weight(defenses, ctx, len(used)))))
         told = {**_told(verdicts), "cut_off": cut_off}
         deposit(vault, dataclasses.replace(record, upload=kept, **told))
         remember(context, ctx.store)

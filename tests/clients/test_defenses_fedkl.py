@@ -108,7 +108,7 @@ def test_another_lock_opens_little_and_another_key_opens_all():
     found = {name: accuracy(network) for name, network in {**made, "no lock": shared}.items()}
     print(found)
     assert found["key"] > 0.8
-    assert max(found["another lock"], found["zeros"]) < found["key"] - 0.3
+    assert max(found["another lock"], found["zeros"]) < found["key"] - 0.4
     assert found["wrong key"] > found["key"] - 0.1
 
 
